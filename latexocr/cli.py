@@ -173,9 +173,7 @@ def _docstring(function: Callable) -> tuple[str, dict[str, str]]:
     summary = text.split("\n\n")[0].replace("\n", " ")
     section = re.search(r"^Args:\n((?:    .*\n?|\n)+)", text, re.MULTILINE)
     helps: dict[str, str] = {}
-    for match in re.finditer(
-        r"^    (\w+): (.*(?:\n     +.*)*)", section.group(1) if section else "", re.MULTILINE
-    ):
+    for match in re.finditer(r"^    (\w+): (.*(?:\n     +.*)*)", section.group(1) if section else "", re.MULTILINE):
         helps[match.group(1)] = " ".join(match.group(2).split())
     return summary, helps
 

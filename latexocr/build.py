@@ -1,0 +1,179 @@
+"""Checkpoints of real architectures with random weights, built offline from a configuration.
+
+Why: tests, the quickstart and speed measurements need a real model where no hub can be reached. A tiny one goes
+through every line of code that the full one does; the full-size shape is right for speed and memory.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any, Literal
+
+from latexocr.errors import InputError
+
+# Special tokens and conversation format of Qwen's chat models.
+SPECIAL_TOKENS = (
+    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
+    "<|image_pad|>", "<|video_pad|>",
+)  # fmt: skip
+CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if loop.first and message.role != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+{{- '<|im_start|>' + message.role + '\\n' -}}
+{%- if message.content is string -%}
+{{- message.content -}}
+{%- else -%}
+{%- for part in message.content -%}
+{%- if part.type == 'image' -%}
+{{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+{%- elif part.type == 'text' -%}
+{{- part.text -}}
+{%- endif -%}
+{%- endfor -%}
+{%- endif -%}
+{{- '<|im_end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
+"""
+
+TINY_TEXT = dict(
+    hidden_size=128, intermediate_size=256, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=32768, rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
+    tie_word_embeddings=True,
+)  # fmt: skip
+# Shape of Qwen/Qwen2-VL-2B-Instruct, from its published config.json.
+QWEN2_VL_2B_TEXT = dict(
+    hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
+    vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6, tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 1000000.0, "mrope_section": [16, 24, 24]},
+)  # fmt: skip
+# model type -> size -> (text configuration, vision configuration); vocab_size follows the tokenizer unless given
+SHAPES: dict[str, dict[str, tuple[dict, dict]]] = {
+    "qwen2_vl": {
+        "tiny": (TINY_TEXT, dict(depth=2, embed_dim=64, num_heads=4, mlp_ratio=2, hidden_size=128)),
+        "2b": (QWEN2_VL_2B_TEXT, dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=1536)),
+    },
+    "qwen2_5_vl": {
+        "tiny": (TINY_TEXT, dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=128, out_hidden_size=128,
+                                 fullatt_block_indexes=[1])),
+    },
+    "qwen3_vl": {
+        "tiny": ({**TINY_TEXT, "head_dim": 32},
+                 dict(depth=2, hidden_size=64, num_heads=4, intermediate_size=128, out_hidden_size=128,
+                      patch_size=16, num_position_embeddings=256, deepstack_visual_indexes=[0])),
+    },
+}  # fmt: skip
+
+
+def build(
+    output: Path,
+    *,
+    corpus: Path,
+    model_type: str = "qwen2_vl",
+    size: Literal["tiny", "2b"] = "tiny",
+    dtype: Literal["float32", "bfloat16"] = "float32",
+    seed: int = 0,
+) -> str:
+    """Build a checkpoint folder with random weights: real architecture, tokenizer, processor, chat template.
+
+    Args:
+        output: folder to write; must be new or empty.
+        corpus: formulas that the byte-level BPE tokenizer is trained on (data.csv, metadata.jsonl or one a line).
+        model_type: architecture: qwen2_vl, qwen2_5_vl or qwen3_vl.
+        size: tiny (under a million parameters, for the CPU) or 2b (the full shape of Qwen2-VL-2B).
+        dtype: type of the stored weights.
+        seed: of the random weights.
+
+    Raises:
+        InputError: an unknown architecture or size, an unreadable corpus, or a folder in use.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
+
+    if model_type not in SHAPES or size not in SHAPES[model_type]:
+        known = ", ".join(f"{kind} ({', '.join(sizes)})" for kind, sizes in SHAPES.items())
+        raise InputError(f"no shape for {model_type} in size {size}; known: {known}")
+    if output.exists() and any(output.iterdir()):
+        raise InputError(f"{output}: not empty; choose a new folder")
+    tokenizer = build_tokenizer(read_corpus(corpus))
+    text, vision = SHAPES[model_type][size]
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+    config = AutoConfig.for_model(
+        model_type,
+        text_config={"vocab_size": len(tokenizer), **text, "bos_token_id": ids["<|endoftext|>"],
+                     "eos_token_id": ids["<|im_end|>"], "pad_token_id": ids["<|endoftext|>"]},
+        vision_config=vision,
+        image_token_id=ids["<|image_pad|>"],
+        video_token_id=ids["<|video_pad|>"],
+        vision_start_token_id=ids["<|vision_start|>"],
+        vision_end_token_id=ids["<|vision_end|>"],
+        tie_word_embeddings=text["tie_word_embeddings"],
+    )  # fmt: skip
+    set_seed(seed)
+    device = "cuda" if size != "tiny" and torch.cuda.is_available() else "cpu"
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
+    model.save_pretrained(output, save_original_format=True)
+    build_processor(model_type, tokenizer, vision.get("patch_size", 14)).save_pretrained(output)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return f"{output}: {model_type} ({size}), {millions:,.1f} million random weights, {len(tokenizer):,} tokens"
+
+
+def build_tokenizer(texts: list[str], vocab_size: int = 1024) -> Any:
+    """A byte-level BPE tokenizer with Qwen's special tokens and chat template, trained on `texts`."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(SPECIAL_TOKENS),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+        extra_special_tokens=list(SPECIAL_TOKENS), chat_template=CHAT_TEMPLATE, model_max_length=32768,
+    )  # fmt: skip
+
+
+def build_processor(model_type: str, tokenizer: Any, patch_size: int) -> Any:
+    """The architecture's own processor class around `tokenizer`."""
+    import transformers
+
+    name = {
+        "qwen2_vl": "Qwen2VLProcessor",
+        "qwen2_5_vl": "Qwen2_5_VLProcessor",
+        "qwen3_vl": "Qwen3VLProcessor",
+    }
+    video = {"qwen3_vl": "Qwen3VLVideoProcessor"}.get(model_type, "Qwen2VLVideoProcessor")
+    return getattr(transformers, name[model_type])(
+        image_processor=transformers.Qwen2VLImageProcessor(patch_size=patch_size),
+        tokenizer=tokenizer,
+        video_processor=getattr(transformers, video)(patch_size=patch_size),
+        chat_template=CHAT_TEMPLATE,
+    )
+
+
+def read_corpus(path: Path) -> list[str]:
+    """Texts from data.csv (column text), metadata.jsonl (key text) or a file with one formula a line."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file of formulas")
+    with path.open(encoding="utf-8", newline="") as file:
+        if path.suffix == ".csv":
+            texts = [row.get("text", "") for row in csv.DictReader(file)]
+        elif path.suffix == ".jsonl":
+            texts = [json.loads(line).get("text", "") for line in file if line.strip()]
+        else:
+            texts = [line.strip() for line in file]
+    texts = [text for text in texts if text]
+    if not texts:
+        raise InputError(f"{path}: no formulas in it (needs a column or key 'text', or one formula a line)")
+    return texts

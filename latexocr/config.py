@@ -1,0 +1,230 @@
+"""Options: one dataclass, and the way defaults < YAML file < command line become a `TrainConfig`.
+
+Light on purpose (no torch, no transformers): `latexocr train --help` and every spelling mistake are answered at
+once. `latexocr.train.TrainConfig` adds these fields to `transformers.TrainingArguments`, so each Trainer flag
+works beside them.
+"""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from latexocr.errors import InputError, nearest
+
+PROMPT = "Write the LaTeX of the formula in this image."
+
+
+def option(default: Any, text: str) -> Any:
+    """A dataclass field with its help text, which `--help` and the README's table print."""
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata={"help": text})
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class TrainOptions:
+    """Our own fields, and the Trainer fields whose default we changed to the recipe we would run ourselves."""
+
+    # what to train, on what
+    model_name_or_path: str = option("Qwen/Qwen2-VL-2B-Instruct", "base model: a folder or a hub id")
+    hub: Literal["modelscope", "huggingface"] = option("modelscope", "where a hub id is downloaded from")
+    trust_remote_code: bool = option(False, "run Python code that comes with a checkpoint")
+    train_json: str | None = option(None, "training records, as csv2json writes them")
+    val_json: str | None = option(None, "validation records; without them nothing is evaluated")
+    output_dir: str | None = option("outputs/latexocr", "checkpoints, metrics.jsonl, config.yaml, adapter/")
+    overwrite_output_dir: bool = option(False, "discard an earlier run in output_dir instead of refusing")
+
+    # what the model sees
+    prompt: str = option(PROMPT, "the instruction beside every image")
+    image_mode: Literal["fit", "fixed"] = option("fit", "fit: keep the aspect ratio; fixed: stretch to one size")
+    min_visual_tokens: int = option(64, "fit: small images are enlarged to about this many visual tokens")
+    max_visual_tokens: int = option(1024, "fit: large images are shrunk to at most this many visual tokens")
+    image_height: int = option(100, "fixed: height in pixels, rounded to whole cells")
+    image_width: int = option(500, "fixed: width in pixels, rounded to whole cells")
+    max_length: int = option(2048, "longest record in tokens: prompt, image, answer and end token")
+    overlong: Literal["drop", "error"] = option("drop", "a longer record is dropped and counted, or refused")
+
+    # LoRA
+    lora_r: int = option(64, "rank")
+    lora_alpha: int = option(16, "scale: the update is multiplied by lora_alpha / lora_r")
+    lora_dropout: float = option(0.05, "dropout before the adapter")
+    lora_components: list[str] = option(["language"], "which parts get adapters: language, vision, merger")
+
+    # optimisation (TrainingArguments fields with our defaults)
+    num_train_epochs: float = option(2.0, "passes over the training records")
+    per_device_train_batch_size: int = option(4, "samples a device and micro-batch")
+    gradient_accumulation_steps: int = option(4, "micro-batches a step")
+    learning_rate: float = option(1e-4, "peak learning rate of AdamW")
+    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 where the GPU has it")
+    seed: int = option(42, "seed of initialisation, order and dropout")
+    dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
+
+    # validation
+    eval_strategy: str | None = option(None, "no, steps or epoch (default: epoch when there is a val_json)")
+    save_strategy: str = option("epoch", "no, steps or epoch")
+    save_total_limit: int | None = option(3, "checkpoints kept besides the best one")
+    per_device_eval_batch_size: int = option(16, "samples a device in validation and generation")
+    eval_generate_samples: int = option(64, "validation rows that are also generated and scored")
+    max_new_tokens: int = option(512, "longest generated answer in tokens")
+    metric_for_best_model: str | None = option(
+        None, "what picks the best checkpoint (default: eval_edit_distance, or eval_loss without generation)"
+    )
+    early_stopping_patience: int | None = option(None, "stop after this many evaluations without improvement")
+
+    # logging
+    logging_steps: float = option(10, "steps between two lines of metrics.jsonl")
+    logging_first_step: bool = option(True, "log step 1 too")
+    board_samples: int = option(8, "validation pictures on the dashboard, at most eval_generate_samples")
+    swanlab_mode: str | None = option(None, "online, local, offline or disabled (default: what this machine allows)")
+    swanlab_project: str | None = option(None, "SwanLab project (default: SWANLAB_PROJECT, else latexocr)")
+    resume_from_checkpoint: str | None = option(None, "checkpoint folder, or true for the last one in output_dir")
+
+
+def train_help() -> str:
+    """The text of `latexocr train --help`."""
+    lines = [
+        "usage: latexocr train [--config FILE.yaml] [--option value ...]",
+        "",
+        "Fine-tune a vision-language model on train.json. Flags win over the YAML file, the file over defaults.",
+        "Every field of transformers.TrainingArguments works too (--max_steps 100, --warmup_steps 50, ...).",
+        "",
+    ]
+    for row in option_table():
+        default = "" if "(default" in row[2] else f" (default: {row[1]})"
+        lines.append(f"  --{row[0]:<30}{row[2]}{default}")
+    return "\n".join(lines)
+
+
+def option_table() -> list[tuple[str, str, str]]:
+    """Name, default and meaning of every field of `TrainOptions`; the README's table is made of it."""
+    rows = []
+    for item in fields(TrainOptions):
+        default = item.default if item.default is not MISSING else item.default_factory()
+        shown = " ".join(default) if isinstance(default, list) else str(default)
+        rows.append((item.name, shown, item.metadata["help"]))
+    return rows
+
+
+def parse_train_arguments(argv: Sequence[str]) -> dict[str, Any]:
+    """`--config FILE --name value ...` -> one dictionary; flags win over the file. Values are still untyped.
+
+    A flag without a value means true; dashes and underscores are the same.
+
+    >>> parse_train_arguments(["--lora-r", "8", "--bf16", "--learning_rate=2e-4"])
+    {'lora_r': '8', 'bf16': 'true', 'learning_rate': '2e-4'}
+
+    Raises:
+        InputError: a word that is no flag, or a configuration file that cannot be read.
+    """
+    flags: dict[str, Any] = {}
+    position = 0
+    while position < len(argv):
+        word = argv[position]
+        if not word.startswith("--") or word == "--":
+            raise InputError(f"unexpected argument {word!r}: options are written --name value")
+        name, equals, value = word[2:].partition("=")
+        values = [value] if equals else []
+        position += 1
+        while not equals and position < len(argv) and not argv[position].startswith("--"):
+            values.append(argv[position])
+            position += 1
+        flags[name.replace("-", "_")] = values[0] if len(values) == 1 else (values or "true")
+    config_file = flags.pop("config", None)
+    return {**(read_yaml(Path(config_file)) if config_file else {}), **flags}
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file of options.
+
+    Raises:
+        InputError: missing, not YAML, or not a mapping of names to values.
+    """
+    import yaml
+
+    if not path.is_file():
+        raise InputError(f"{path}: no such configuration file")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not a YAML file: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: needs lines of the form 'name: value', holds {type(values).__name__}")
+    return values
+
+
+def typed_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
+    """Check names and types of `values` against the fields of a dataclass; strings become what the field needs.
+
+    Raises:
+        InputError: an unknown name (with the nearest known one) or a value of the wrong type.
+    """
+    hints = typing.get_type_hints(config_class)
+    known = [item.name for item in fields(config_class) if item.init]
+    typed = {}
+    for name, value in values.items():
+        if name not in known:
+            raise InputError(f"unknown option {name!r}{nearest(str(name), known)} (latexocr train --help lists all)")
+        typed[name] = _convert(name, value, hints[name])
+    return typed
+
+
+def _convert(name: str, value: Any, hint: Any) -> Any:
+    kinds = _members(hint)
+    for kind in kinds:
+        matched, converted = _try(value, kind)
+        if matched:
+            return converted
+    wanted = " or ".join(sorted({_describe(kind) for kind in kinds}))
+    raise InputError(f"option {name!r} is {value!r}, needs {wanted}")
+
+
+def _members(hint: Any) -> list[Any]:
+    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+        # a string matches anything, so it is tried last
+        members = [inner for member in typing.get_args(hint) for inner in _members(member)]
+        return sorted(members, key=lambda member: member is str)
+    return [hint]
+
+
+def _try(value: Any, kind: Any) -> tuple[bool, Any]:
+    """Whether `value` fits `kind`, and what it becomes. YAML reads `1e-4` as text, so text is converted."""
+    origin = typing.get_origin(kind)
+    if kind is type(None):
+        return value is None or value in ("null", "None", "none"), None
+    if origin is Literal:
+        return value in typing.get_args(kind), value
+    if kind is bool:
+        texts = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+        if isinstance(value, bool):
+            return True, value
+        return isinstance(value, str) and value.lower() in texts, texts.get(str(value).lower())
+    if kind in (int, float):
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            return False, None
+        try:
+            number = float(value)
+        except ValueError:
+            return False, None
+        return (kind is float or number.is_integer()), kind(number)
+    if origin is list or kind is list:
+        items = value if isinstance(value, list) else str(value).split(",")
+        return isinstance(value, list | str), [str(item) for item in items]
+    if kind is str:
+        return isinstance(value, str | Path) or (isinstance(value, bool | int | float)), (
+            str(value).lower() if isinstance(value, bool) else str(value)
+        )
+    if origin is dict or kind is dict:
+        return isinstance(value, dict), value
+    return isinstance(value, str | dict), value  # enums and nested configurations: TrainingArguments checks them
+
+
+def _describe(kind: Any) -> str:
+    if typing.get_origin(kind) is Literal:
+        return " or ".join(repr(choice) for choice in typing.get_args(kind))
+    names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
+    return names.get(kind, "a list" if typing.get_origin(kind) is list else "a mapping")

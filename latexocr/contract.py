@@ -1,0 +1,102 @@
+"""`latexocr.json`: what inference must repeat exactly as training did it.
+
+Why: the commonest complaint about fine-tuned vision models is a low loss and wrong answers, because inference
+used another resolution, prompt or end token. Every checkpoint carries this file; everything that loads a
+checkpoint reads it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from latexocr.errors import InputError
+from latexocr.images import ImagePolicy
+
+FILE_NAME = "latexocr.json"
+FORMAT = 1
+VERSIONED = ("latexocr", "torch", "transformers", "peft", "accelerate")
+
+
+@dataclass(frozen=True)
+class Contract:
+    """The content of `latexocr.json`.
+
+    Args:
+        base_model: the folder or hub id that the run was given.
+        base_fingerprint: hash of the base checkpoint's weight files, so that an adapter is not put on another base.
+        model_type: `config.model_type` of the base.
+        prompt: the instruction beside every image.
+        image_policy: how pictures were prepared.
+        end_token: what ends an answer.
+        training: facts about the run (step, samples, scores), for people.
+        versions: package versions that wrote it.
+    """
+
+    base_model: str
+    base_fingerprint: str
+    model_type: str
+    prompt: str
+    image_policy: ImagePolicy
+    end_token: str
+    training: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=lambda: {p: importlib.metadata.version(p) for p in VERSIONED})
+
+    def save(self, folder: Path) -> None:
+        """Write `latexocr.json` into `folder`, whole or not at all."""
+        content = json.dumps({"format": FORMAT, **asdict(self)}, ensure_ascii=False, indent=2)
+        write_text(folder / FILE_NAME, content + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Contract | None:
+        """Read it from `folder`; None when there is no such file (a plain base checkpoint).
+
+        Raises:
+            InputError: unreadable, or of a newer format.
+        """
+        path = folder / FILE_NAME
+        if not path.is_file():
+            return None
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            if values.pop("format") > FORMAT:
+                raise InputError(f"{path}: written by a newer latexocr; upgrade this one")
+            return cls(**{**values, "image_policy": ImagePolicy(**values["image_policy"])})
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not a latexocr contract ({error})") from error
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash that tells checkpoints apart: every tensor's name, shape and first 512 bytes, read from the files.
+
+    Reads the safetensors format (8 bytes of header length, JSON header, data), a few hundred kilobytes at most.
+
+    Raises:
+        InputError: no safetensors weights in the folder.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise InputError(f"{folder}: no *.safetensors weights (other formats are not read)")
+    digest = hashlib.sha256()
+    for path in files:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(length))
+            for name in sorted(header.keys() - {"__metadata__"}):
+                start, end = header[name]["data_offsets"]
+                file.seek(8 + length + start)
+                digest.update(f"{name} {header[name]['shape']}".encode())
+                digest.update(file.read(min(512, end - start)))
+    return digest.hexdigest()[:16]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: readers see the old file or the new one, never half."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

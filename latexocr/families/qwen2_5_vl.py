@@ -1,0 +1,13 @@
+"""Qwen2.5-VL: 28-pixel cells, window attention, a gated vision MLP."""
+
+from latexocr.families import LANGUAGE, Family
+
+FAMILY = Family(
+    name="Qwen2.5-VL",
+    model_types=("qwen2_5_vl",),
+    lora_targets={
+        "language": LANGUAGE,
+        "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:gate|up|down)_proj)",
+        "merger": r".*\.visual\.merger\.mlp\.[02]",
+    },
+)

@@ -1,0 +1,13 @@
+"""Qwen2-VL: 28-pixel cells, vision blocks with `fc1` and `fc2`."""
+
+from latexocr.families import LANGUAGE, Family
+
+FAMILY = Family(
+    name="Qwen2-VL",
+    model_types=("qwen2_vl",),
+    lora_targets={
+        "language": LANGUAGE,
+        "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
+        "merger": r".*\.visual\.merger\.mlp\.[02]",
+    },
+)

@@ -1,0 +1,178 @@
+"""The one image policy, shared by training and inference.
+
+Why one: a model that was trained on 100 x 500 pictures and is asked about 500 x 100 ones reads nonsense while
+its loss looks fine. The policy is a small frozen value; it is saved in `latexocr.json` with every checkpoint and
+read back by everything that feeds the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from PIL import Image
+
+from latexocr.errors import InputError
+from latexocr.pictures import PictureError, check_size, flatten, load_picture, open_picture, orientation
+
+if TYPE_CHECKING:
+    import torch
+
+ImageInput = "str | Path | bytes | Image.Image | np.ndarray"
+TRANSPOSED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True)
+class ImagePolicy:
+    """From a picture of any size to the picture that the vision tower gets.
+
+    Args:
+        cell: side in pixels of one visual token (patch size x merge size; 28 for Qwen2-VL, 32 for Qwen3-VL).
+        mode: "fit" keeps the aspect ratio, scales, and pads with white at the right and bottom to whole cells;
+            "fixed" stretches every picture to `height` x `width`, rounded to whole cells.
+        min_visual_tokens: smaller pictures are enlarged until they cover at least this many cells.
+        max_visual_tokens: larger pictures are shrunk until they cover at most this many cells.
+        height: "fixed" only, pixels.
+        width: "fixed" only, pixels.
+    """
+
+    cell: int = 28
+    mode: Literal["fit", "fixed"] = "fit"
+    min_visual_tokens: int = 64
+    max_visual_tokens: int = 1024
+    height: int = 100
+    width: int = 500
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("fit", "fixed"):
+            raise InputError(f"image_mode is {self.mode!r}, needs 'fit' or 'fixed'")
+        if not 1 <= self.min_visual_tokens <= self.max_visual_tokens:
+            raise InputError(
+                f"min_visual_tokens {self.min_visual_tokens} and max_visual_tokens {self.max_visual_tokens}: "
+                "needs 1 <= min <= max"
+            )
+        if min(self.height, self.width) < 1:
+            raise InputError(f"image_height {self.height} and image_width {self.width} must be positive")
+
+    def layout(self, width: int, height: int) -> tuple[int, int, int, int]:
+        """Content width and height, then canvas width and height, in pixels, for a picture of this size.
+
+        >>> ImagePolicy(min_visual_tokens=1).layout(200, 50)  # 8 x 2 cells of 28 pixels
+        (200, 50, 224, 56)
+        """
+        if self.mode == "fixed":
+            size = tuple(max(1, round(side / self.cell)) * self.cell for side in (self.width, self.height))
+            return (*size, *size)
+        scale = 1.0
+        if self._cells(width, height, 1.0) < self.min_visual_tokens:
+            scale = math.sqrt(self.min_visual_tokens * self.cell**2 / (width * height))
+        # Rounding up to whole cells can pass the limit: shrink in steps of 2% (at most a few) until it holds.
+        while self._cells(width, height, scale) > self.max_visual_tokens:
+            scale *= min(0.98, math.sqrt(self.max_visual_tokens / self._cells(width, height, scale)))
+        content = [max(1, round(side * scale)) for side in (width, height)]
+        canvas = [math.ceil(side / self.cell) * self.cell for side in content]
+        return (*content, *canvas)
+
+    def _cells(self, width: int, height: int, scale: float) -> int:
+        columns, rows = (math.ceil(max(1, round(side * scale)) / self.cell) for side in (width, height))
+        return columns * rows
+
+    def visual_tokens(self, width: int, height: int) -> int:
+        """How many visual tokens a picture of this size becomes: known from its header alone."""
+        _, _, canvas_width, canvas_height = self.layout(width, height)
+        return canvas_width * canvas_height // self.cell**2
+
+    def apply(self, image: Image.Image) -> Image.Image:
+        """The picture that the model sees: RGB, both sides whole cells."""
+        width, height, canvas_width, canvas_height = self.layout(*image.size)
+        image = image.convert("RGB")
+        if (width, height) != image.size:
+            image = image.resize((width, height), Image.Resampling.BICUBIC)
+        if (width, height) == (canvas_width, canvas_height):
+            return image
+        canvas = Image.new("RGB", (canvas_width, canvas_height), "white")
+        canvas.paste(image, (0, 0))
+        return canvas
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def load_image(source: ImageInput, where: str | None = None) -> Image.Image:
+    """A picture from a path, bytes, PIL image or array, upright and flattened on white, mode L or RGB.
+
+    Args:
+        source: path, encoded bytes, `PIL.Image`, or array of shape (height, width[, channels]) in uint8.
+        where: how an error names it; the path by default.
+
+    Raises:
+        InputError: missing, empty, corrupt, or of an absurd size.
+    """
+    where = where or (str(source) if isinstance(source, str | Path) else f"image ({type(source).__name__})")
+    with _named_errors(where):
+        if isinstance(source, Image.Image):
+            return flatten(_sized(source))
+        if isinstance(source, bytes):
+            return flatten(load_picture(io.BytesIO(source)))
+        if isinstance(source, str | Path):
+            return flatten(load_picture(Path(source)))
+        try:
+            return flatten(_sized(Image.fromarray(source)))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise PictureError(f"no picture: needs (height, width[, channels]) in uint8 ({error})") from error
+
+
+def image_size(path: Path, where: str | None = None) -> tuple[int, int]:
+    """Width and height in pixels after EXIF rotation, read from the header without decoding.
+
+    Raises:
+        InputError: missing, empty, not an image, or of an absurd size.
+    """
+    with _named_errors(where or str(path)), open_picture(path) as image:
+        width, height = image.size
+        return (height, width) if orientation(image) in TRANSPOSED else (width, height)
+
+
+def unpatchify(pixel_values: torch.Tensor, grid_thw: torch.Tensor, image_processor: Any) -> Image.Image:
+    """The picture back from the patches: proof of what the model really gets.
+
+    Inverse of `Qwen2VLImageProcessor`'s patch order (rows of merge x merge blocks) and normalisation.
+
+    Args:
+        pixel_values: (patches, channels * temporal * patch * patch) of one image.
+        grid_thw: (3,) patches in time, height, width.
+        image_processor: the one that made them; gives sizes, mean and standard deviation.
+    """
+    import torch
+
+    _, grid_h, grid_w = (int(size) for size in grid_thw)
+    merge, patch = image_processor.merge_size, image_processor.patch_size
+    blocks = pixel_values.reshape(
+        grid_h // merge, grid_w // merge, merge, merge, 3, image_processor.temporal_patch_size, patch, patch
+    )[:, :, :, :, :, 0]
+    picture = blocks.permute(0, 2, 5, 1, 3, 6, 4).reshape(grid_h * patch, grid_w * patch, 3)
+    mean, std = torch.tensor(image_processor.image_mean), torch.tensor(image_processor.image_std)
+    pixels = ((picture * std + mean) * 255).round().clamp(0, 255).to(torch.uint8)
+    return Image.fromarray(pixels.numpy())
+
+
+def _sized(image: Image.Image) -> Image.Image:
+    reason = check_size(*image.size)
+    if reason:
+        raise PictureError(reason)
+    return image
+
+
+@contextlib.contextmanager
+def _named_errors(where: str) -> Iterator[None]:
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(f"{where}: no such image file") from error
+    except PictureError as error:
+        raise InputError(f"{where}: {error}; delete the record or replace the image") from error

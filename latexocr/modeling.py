@@ -1,0 +1,211 @@
+"""Checkpoints: find, load, add LoRA, put adapters on, and check that what was loaded is what was asked for."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
+from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+
+from latexocr.contract import Contract, fingerprint
+from latexocr.errors import InputError
+from latexocr.families import Family, family_of
+
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+logger = logging.getLogger(__name__)
+
+
+def resolve_checkpoint(name: str | Path, hub: Literal["modelscope", "huggingface"] = "modelscope") -> Path:
+    """The local folder of a checkpoint: a folder as it is, a hub id downloaded (or taken from the hub's cache).
+
+    Raises:
+        InputError: neither a folder nor a hub id, or the hub could not deliver.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not HUB_ID.fullmatch(str(name)):
+        raise InputError(f"{name}: no such folder, and not a hub id of the form organisation/model")
+    try:
+        if hub == "modelscope":
+            from modelscope import snapshot_download
+        else:
+            from huggingface_hub import snapshot_download
+        return Path(snapshot_download(str(name)))
+    except Exception as error:  # both hubs raise many kinds; the way out is the same
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{name}: no such folder here, and {hub} could not deliver it ({type(error).__name__}: {reason}); "
+            "give the path of a downloaded checkpoint, or the other --hub"
+        ) from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder.
+
+    Raises:
+        InputError: not a checkpoint folder.
+    """
+    path = folder / "config.json"
+    if not path.is_file():
+        hint = "; it holds an adapter: give it with --adapter" if (folder / ADAPTER_CONFIG).is_file() else ""
+        raise InputError(f"{folder}: no config.json, so not a model checkpoint{hint}")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: malformed JSON ({error})") from error
+
+
+def family_in(folder: Path) -> Family:
+    """The family of the checkpoint in `folder`, from `model_type` in its config."""
+    return family_of(str(read_config(folder).get("model_type")))
+
+
+def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
+    """Tokenizer, image processor and chat template of a checkpoint.
+
+    Raises:
+        InputError: processor files are missing from the folder.
+    """
+    try:
+        processor = AutoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(f"{folder}: its processor cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if not hasattr(processor, "image_processor"):
+        raise InputError(f"{folder}: processor files are missing (preprocessor_config.json); copy them from the base")
+    if processor.chat_template is None:
+        raise InputError(f"{folder}: no chat template (chat_template.jinja); copy it from the base model")
+    return processor
+
+
+def default_dtype(device: torch.device | str) -> torch.dtype:
+    """bfloat16 where the device computes in it fast, else float32."""
+    on_cuda = torch.device(device).type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if on_cuda else torch.float32
+
+
+def load_base(
+    folder: Path,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+) -> PreTrainedModel:
+    """The base model with its weights from safetensors, set to decode greedily.
+
+    Raises:
+        InputError: weights are missing from the files or do not fit the configuration.
+    """
+    try:
+        model, info = AutoModelForImageTextToText.from_pretrained(
+            folder,
+            dtype=dtype,
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise InputError(f"{folder}: {len(missing)} weights are missing from the files, first {missing[0]}")
+    return model if device is None else model.to(device)
+
+
+def greedy_config(model: PreTrainedModel, processor: Any, family: Family) -> GenerationConfig:
+    """Plain greedy decoding up to the family's end token.
+
+    Published checkpoints carry sampling settings and a repetition penalty meant for chat; a penalty ruins formulas,
+    whose tokens repeat by nature.
+    """
+    tokenizer = processor.tokenizer
+    end_id = tokenizer.convert_tokens_to_ids(family.end_token)
+    pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
+    return GenerationConfig(do_sample=False, eos_token_id=end_id, pad_token_id=pad_id, repetition_penalty=1.0)
+
+
+def add_lora(
+    model: PreTrainedModel, family: Family, *, components: list[str], r: int, alpha: int, dropout: float
+) -> PeftModel:
+    """Wrap `model` with fresh LoRA adapters on the linear layers of the named components.
+
+    Raises:
+        InputError: an unknown component, or one in which nothing matches.
+    """
+    if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
+        raise InputError(
+            f"lora_r {r}, lora_alpha {alpha}, lora_dropout {dropout}: needs r >= 1, alpha > 0, 0 <= dropout < 1"
+        )
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        target_modules=family.target_regex(components),
+        r=r,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        bias="none",
+    )
+    for component in components:
+        if not any(re.fullmatch(family.lora_targets[component], f".{name}") for name, _ in model.named_modules()):
+            raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
+    return get_peft_model(model, config)
+
+
+def trainable_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """Where the trainable parameters sit: part of the model -> (number of parameters, number of modules)."""
+    parameters: Counter[str] = Counter()
+    modules: dict[str, set[str]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            part = "vision" if ".visual." in name else "language" if ".language_model." in name else "other"
+            if ".visual." in name and "merger" in name:
+                part = "merger"
+            parameters[part] += parameter.numel()
+            modules.setdefault(part, set()).add(name.split(".lora_")[0])
+    return {part: (count, len(modules[part])) for part, count in parameters.items()}
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> PeftModel:
+    """Put a trained adapter on its base, checked: right base, every tensor there, none left over.
+
+    An adapter whose keys do not match loads as nothing without an error, so the keys are compared here.
+
+    Raises:
+        InputError: not an adapter folder, an adapter for another base, or tensors that do not fit.
+    """
+    contract = check_adapter(adapter)
+    if contract is not None and fingerprint(base_folder) != contract.base_fingerprint:
+        raise InputError(
+            f"{adapter}: trained on another base model ({contract.base_model}, {contract.model_type}), "
+            f"given {base_folder} ({read_config(base_folder).get('model_type')})"
+        )
+    try:
+        peft_model = PeftModel.from_pretrained(model, adapter)
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"{adapter}: does not fit {base_folder} ({' '.join(str(error).split())[:300]})") from error
+    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
+        saved = set(file.keys())
+    expected = set(get_peft_model_state_dict(peft_model))
+    if saved != expected:
+        first = sorted(saved ^ expected)[0]
+        raise InputError(f"{adapter}: {len(saved ^ expected)} tensors do not fit {base_folder}, first {first}")
+    return peft_model
+
+
+def check_adapter(adapter: Path) -> Contract | None:
+    """The contract of an adapter folder, None for an adapter that this library did not write.
+
+    Raises:
+        InputError: not an adapter folder.
+    """
+    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
+        if not (adapter / name).is_file():
+            raise InputError(f"{adapter}: no {name}, so not an adapter folder (a checkpoint-N folder or adapter/ is)")
+    return Contract.load(adapter)

@@ -1,0 +1,404 @@
+"""Stage 4: train.json -> adapter. Reading `train` tells the story in order.
+
+from latexocr.train import TrainConfig, train
+
+result = train(TrainConfig(model_name_or_path="Qwen/Qwen2-VL-2B-Instruct", train_json="train.json"))
+print(result.adapter_dir, result.metrics)
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from latexocr.collate import FormulaCollator
+from latexocr.config import TrainOptions, typed_values
+from latexocr.contract import Contract, fingerprint, write_text
+from latexocr.errors import InputError
+from latexocr.images import ImagePolicy
+from latexocr.modeling import (
+    add_lora,
+    check_adapter,
+    default_dtype,
+    family_in,
+    greedy_config,
+    load_base,
+    load_processor,
+    resolve_checkpoint,
+    trainable_parameters,
+)
+from latexocr.preprocess import IGNORED, FormulaDataset, Preprocessor, Selection, select
+from latexocr.records import read_records
+from latexocr.tracking import METRICS_FILE, MetricsFile, dashboard_command, saved_run_id, track
+from latexocr.trainer import FormulaTrainer, StoppedInEvaluation, StopSignal
+
+logger = logging.getLogger(__name__)
+MAX_WORKERS = 8
+NEVER_SAVED = {"hub_token", "push_to_hub_token"}
+
+
+@dataclass
+class TrainConfig(TrainOptions, TrainingArguments):
+    """`transformers.TrainingArguments` with our fields beside them and our recipe as defaults.
+
+    Raises:
+        InputError: values that do not go together (see `_check`).
+    """
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.eval_strategy is None:
+            self.eval_strategy = "epoch" if self.val_json else "no"
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_edit_distance" if self.eval_generate_samples else "eval_loss"
+        if self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(
+                ("loss", "distance", "rate", "distance_chars")
+            )
+        evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
+        # The best checkpoint can be picked only where each checkpoint has been evaluated.
+        self.load_best_model_at_end = (
+            evaluates
+            and str(self.save_strategy) in ("epoch", "steps", "best")
+            and (self.save_strategy == self.eval_strategy or self.save_strategy == "best")
+        )
+        if self.dataloader_num_workers is None:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self.dataloader_num_workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks))
+        self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every adapter takes part in every step
+        wants_bfloat16 = self.dtype == "bfloat16" or (
+            self.dtype == "auto" and not self.use_cpu and not self.fp16 and torch.cuda.is_available()
+            and default_dtype("cuda") == torch.bfloat16
+        )  # fmt: skip
+        self.bf16 = self.bf16 or wants_bfloat16
+        super().__post_init__()
+        if self.n_gpu > 1:
+            logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
+            self._n_gpu = 1  # Trainer would fall back to nn.DataParallel, which is slow and splits our batches wrongly
+
+    def _check(self) -> None:
+        if self.early_stopping_patience is not None and not self.val_json:
+            raise InputError("early_stopping_patience needs a val_json to watch")
+        if self.eval_strategy not in (None, "no") and not self.val_json:
+            raise InputError(f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
+                     "max_length", "max_new_tokens"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
+        if min(self.eval_generate_samples, self.board_samples) < 0:
+            raise InputError("eval_generate_samples and board_samples cannot be negative")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """From names and values as YAML or the command line gives them.
+
+        Raises:
+            InputError: an unknown name (with the nearest one) or a value of the wrong type.
+        """
+        try:
+            return cls(**typed_values(cls, values))
+        except InputError:
+            raise
+        except ValueError as error:  # TrainingArguments' own checks
+            raise InputError(f"these options do not go together: {' '.join(str(error).split())}") from error
+
+    def resolved(self) -> dict[str, Any]:
+        """All our fields, and the Trainer fields that differ from their defaults: what `config.yaml` holds."""
+        ours = {item.name for item in fields(TrainOptions)}
+        values = self.to_dict()
+        kept = {}
+        for item in fields(self):
+            value = values.get(item.name, getattr(self, item.name, None))
+            default = item.default if item.default is not MISSING else None
+            if item.name in NEVER_SAVED or not isinstance(value, bool | int | float | str | list | type(None)):
+                continue
+            if item.name in ours or value != getattr(default, "value", default):
+                kept[item.name] = value
+        return kept
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a training leaves behind.
+
+    Args:
+        adapter_dir: the best adapter (by `metric_for_best_model`; the last one without validation).
+        metrics: the final training loss and the best checkpoint's evaluation.
+        num_dropped: overlong training records left out.
+        stopped_by: number of the signal that ended training early, else 0; continue with
+            `resume_from_checkpoint=True`.
+        is_main_process: False on the other ranks of a distributed run.
+    """
+
+    adapter_dir: Path
+    metrics: dict[str, float]
+    num_dropped: int = 0
+    stopped_by: int = 0
+    is_main_process: bool = True
+
+    def __str__(self) -> str:
+        if self.stopped_by:
+            return f"stopped by signal {self.stopped_by}: {self.adapter_dir} written; go on with --resume_from_checkpoint true"
+        shown = {name: value for name, value in self.metrics.items() if "loss" in name or name in BEST_SHOWN}
+        return f"adapter: {self.adapter_dir}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+
+
+BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu")
+
+
+def train(config: TrainConfig) -> TrainResult:
+    """Fine-tune with LoRA: load, check, announce, train, keep the best.
+
+    Leaves in `output_dir`: `config.yaml` (everything resolved), `metrics.jsonl` (the source of truth),
+    `checkpoint-N/` and `adapter/`, each with adapter, processor, tokenizer and `latexocr.json`.
+
+    Raises:
+        InputError: data, model or options that cannot be used; nothing has been written then.
+    """
+    if not config.train_json:
+        raise InputError("train_json is not set: give the file that csv2json wrote (--train_json train.json)")
+    base_folder = resolve_checkpoint(config.model_name_or_path, config.hub)
+    family = family_in(base_folder)
+    processor = load_processor(base_folder, trust_remote_code=config.trust_remote_code)
+    preprocessor = Preprocessor(processor, family, _policy(config, processor), config.prompt)
+
+    training = _select(config, config.train_json, preprocessor)
+    validation = _select(config, config.val_json, preprocessor) if config.val_json else None
+    checkpoint = _checkpoint_to_resume(config)
+    output_dir = _prepare_output_dir(config, checkpoint)
+
+    set_seed(config.seed)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = load_base(base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model.generation_config = generation = greedy_config(model, processor, family)
+    generation.max_new_tokens = config.max_new_tokens
+    model = add_lora(
+        model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+    )  # fmt: skip
+    contract = Contract(
+        base_model=str(config.model_name_or_path),
+        base_fingerprint=fingerprint(base_folder),
+        model_type=family.model_types[0],
+        prompt=config.prompt,
+        image_policy=preprocessor.policy,
+        end_token=family.end_token,
+        training={"train_records": len(training.records), "dropped": len(training.dropped)},
+    )
+    with _tracked(config, output_dir, checkpoint) as tracker, StopSignal() as stop:
+        trainer = FormulaTrainer(
+            model=model,
+            args=config,
+            contract=contract,
+            generation=generation,
+            stop=stop,
+            on_board=tracker.log_samples,
+            train_dataset=FormulaDataset(training.records, preprocessor),
+            eval_dataset=FormulaDataset(validation.records, preprocessor) if validation else None,
+            data_collator=FormulaCollator(tokenizer=processor.tokenizer, family=family),
+            processing_class=processor,
+            callbacks=[MetricsFile(), tracker.callback(), *_early_stopping(config)],
+        )
+        if trainer.is_world_process_zero():
+            print(announce(trainer, training, validation), flush=True)
+            write_text(
+                output_dir / "config.yaml",
+                yaml.safe_dump(config.resolved(), allow_unicode=True, sort_keys=False),
+            )
+        try:
+            final_loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
+        except StoppedInEvaluation:
+            final_loss = math.nan
+        if stop.received:
+            tracker.finish_as("aborted", f"signal {stop.received} at step {trainer.state.global_step}")
+            adapter_dir = output_dir / f"checkpoint-{trainer.state.global_step}"
+        else:
+            adapter_dir = output_dir / "adapter"
+            trainer.save_model(str(adapter_dir))
+        if trainer.is_world_process_zero() and tracker.run.get("mode") == "local":
+            logger.info(f"dashboard: {dashboard_command(output_dir / 'swanlog')}")
+    return TrainResult(
+        adapter_dir=adapter_dir,
+        metrics={"train_loss": final_loss, **_best_evaluation(trainer)},
+        num_dropped=len(training.dropped),
+        stopped_by=stop.received,
+        is_main_process=trainer.is_world_process_zero(),
+    )
+
+
+def announce(trainer: FormulaTrainer, training: Selection, validation: Selection | None) -> str:
+    """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
+    config, dataset = trainer.args, trainer.train_dataset
+    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    parts = trainable_parameters(trainer.model)
+    trained = sum(count for count, _ in parts.values())
+    where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
+    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+    steps_an_epoch = math.ceil(len(training.records) / batch)
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
+    lines = [
+        f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
+        f"{'bfloat16' if config.bf16 else 'float32'} on {config.device}",
+        f"trainable   {trained:,} ({100 * trained / total:.2f}%): {where}",
+        f"train       {len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
+        f"tokens a record: {_statistics(training)}",
+    ]
+    if validation:
+        generated = min(len(validation.records), config.eval_generate_samples)
+        lines.append(
+            f"validation  {len(validation.records):,} records, {len(validation.dropped):,} dropped as overlong; "
+            f"{generated:,} of them generated, evaluated each {config.eval_strategy.value}"
+        )
+    lines += [
+        f"steps       {steps:,} of {batch} records ({config.per_device_train_batch_size} a device x "
+        f"{config.gradient_accumulation_steps} accumulated x {config.world_size} ranks), {steps_an_epoch:,} an epoch",
+        f"example     {decode_sample(dataset[0], dataset.preprocessor)}",
+    ]
+    return "\n".join(lines)
+
+
+def decode_sample(sample: dict[str, torch.Tensor], preprocessor: Preprocessor) -> str:
+    """A sample's ids as text, image tokens counted, the supervised span between ⟦ and ⟧.
+
+    It is decoded from the tensors that training gets, so it shows what is there and not what was meant.
+    """
+    tokenizer, image_id = preprocessor.processor.tokenizer, preprocessor.processor.image_token_id
+    pieces: list[tuple[str, list[int]]] = []
+    for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
+        kind = "answer" if label != IGNORED else "image" if token == image_id else "prompt"
+        if not pieces or pieces[-1][0] != kind:
+            pieces.append((kind, []))
+        pieces[-1][1].append(token)
+    texts = []
+    for kind, ids in pieces:
+        text = f"{tokenizer.decode(ids[:1])}x{len(ids)}" if kind == "image" else tokenizer.decode(ids)
+        texts.append(f"⟦{text}⟧" if kind == "answer" else text)
+    return "".join(texts)
+
+
+def _statistics(selection: Selection) -> str:
+    totals = sorted(count.total for count in selection.counts)
+    image = sum(count.image for count in selection.counts) / len(totals)
+    answer = sum(count.answer for count in selection.counts) / len(totals)
+    return (
+        f"median {totals[len(totals) // 2]}, longest {totals[-1]}, all {sum(totals):,} "
+        f"(mean image {image:.0f}, answer {answer:.0f})"
+    )
+
+
+def _policy(config: TrainConfig, processor: Any) -> ImagePolicy:
+    image_processor = processor.image_processor
+    return ImagePolicy(
+        cell=image_processor.patch_size * image_processor.merge_size,
+        mode=config.image_mode,
+        min_visual_tokens=config.min_visual_tokens,
+        max_visual_tokens=config.max_visual_tokens,
+        height=config.image_height,
+        width=config.image_width,
+    )
+
+
+def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:
+    records = read_records(path)
+    if not records:
+        raise InputError(f"{path}: holds no records; check the input of csv2json")
+    return select(records, preprocessor, max_length=config.max_length, overlong=config.overlong)
+
+
+def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint folder to go on from, None for a new run.
+
+    Raises:
+        InputError: asked to resume where there is nothing to resume from.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted in (None, False, "false"):
+        return None
+    if wanted is True or str(wanted).lower() == "true":
+        found = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
+        if found is None:
+            raise InputError(f"{config.output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint")
+        wanted = found
+    folder = Path(str(wanted))
+    if not (folder / "trainer_state.json").is_file():
+        raise InputError(f"{folder}: no trainer_state.json, so not a checkpoint that training can resume from")
+    check_adapter(folder)
+    return folder
+
+
+def _prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
+    """Make the folder, refuse to mix two runs in it.
+
+    Raises:
+        InputError: it cannot be written, or holds an earlier run.
+    """
+    output_dir = Path(config.output_dir)
+    earlier = [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in (METRICS_FILE, "adapter"))]
+    earlier = [path for path in earlier if path.exists()]
+    with config.main_process_first(desc="output folder"):
+        if config.process_index > 0:
+            return output_dir
+        if earlier and checkpoint is None:
+            if not config.overwrite_output_dir:
+                raise InputError(
+                    f"{output_dir}: holds an earlier run ({earlier[0].name}); choose another --output_dir, go on with "
+                    "--resume_from_checkpoint true, or discard it with --overwrite_output_dir true"
+                )
+            for path in earlier:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            probe = output_dir / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"{output_dir}: cannot be written ({error.strerror}); choose another --output_dir"
+            ) from error
+    return output_dir
+
+
+@contextmanager
+def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> Iterator[Any]:
+    """SwanLab beside the run, on the main process only; see `latexocr.tracking`."""
+    with track(
+        project=config.swanlab_project,
+        name=config.run_name or output_dir.name,
+        log_dir=output_dir / "swanlog",
+        config=config.resolved(),
+        is_main=config.process_index == 0,
+        mode=config.swanlab_mode,
+        run_id=saved_run_id(output_dir) if checkpoint else None,
+        resume_step=int(checkpoint.name.split("-")[-1]) if checkpoint else None,
+        run_file=output_dir / "swanlab.json",
+    ) as tracker:
+        yield tracker
+
+
+def _early_stopping(config: TrainConfig) -> list[EarlyStoppingCallback]:
+    patience = config.early_stopping_patience
+    return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+def _best_evaluation(trainer: FormulaTrainer) -> dict[str, float]:
+    """The evaluation of the checkpoint that was kept: the best one, else the last."""
+    evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
+    if not evaluations:
+        return {}
+    best = [line for line in evaluations if line["step"] == trainer.state.best_global_step]
+    chosen = (best or evaluations)[-1]
+    return {name: value for name, value in chosen.items() if name.startswith("eval_")}

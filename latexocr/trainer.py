@@ -1,0 +1,337 @@
+"""The Trainer: token-mean loss over the whole effective batch, exact validation, checkpoints that hold everything.
+
+What it changes in `transformers.Trainer`, and why:
+- the loss is the mean over supervised tokens of the effective batch for every family (stock Trainer decides from
+  the model class, so that Qwen2-VL and Qwen2.5-VL differ), and logits exist only at supervised columns;
+- every step's set of samples is the same for any number of ranks (stock sharding repeats samples to fill up);
+- validation is exact: each row once, loss as token mean, plus generation scored by `latexocr.metrics`;
+- every checkpoint is written with `latexocr.json`; SIGTERM and Ctrl-C end training with a checkpoint.
+"""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Sampler
+from tqdm.auto import tqdm
+from transformers import GenerationConfig, Trainer, TrainerCallback
+
+from latexocr.contract import Contract
+from latexocr.generate import Generated, collate_prompts, generate
+from latexocr.images import load_image
+from latexocr.metrics import score
+from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
+from latexocr.tracking import Sample
+
+
+def supervised_loss(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    logits_to_keep: torch.Tensor,
+    num_items_in_batch: torch.Tensor | int,
+) -> torch.Tensor:
+    """Sum of the token losses over the number of supervised tokens in the whole effective batch.
+
+    Args:
+        logits: (batch, columns, vocabulary), only of the columns in `logits_to_keep`.
+        labels: (batch, length), not shifted.
+        logits_to_keep: (columns,) positions whose logits predict the next token.
+        num_items_in_batch: supervised tokens of all micro-batches and ranks of this optimiser step.
+    """
+    targets = labels[:, logits_to_keep + 1].flatten()
+    total = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+    return total / num_items_in_batch
+
+
+class EpochSampler(Sampler[int]):
+    """A seeded permutation an epoch, padded with `MASKED` to a whole number of steps on every rank.
+
+    Why: accelerate deals whole batches to the ranks and repeats samples where they do not divide. Padding with
+    samples that carry no supervised token keeps each step's set of samples, and so its loss and gradient, the
+    same for any number of ranks.
+    """
+
+    def __init__(self, num_samples: int, *, multiple: int, seed: int) -> None:
+        self.num_samples, self.multiple, self.seed, self.epoch = num_samples, multiple, seed, 0
+
+    def __len__(self) -> int:
+        return -(-self.num_samples // self.multiple) * self.multiple
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        yield from torch.randperm(self.num_samples, generator=generator).tolist()
+        yield from [MASKED] * (len(self) - self.num_samples)
+
+
+class StopSignal(TrainerCallback):
+    """SIGTERM or Ctrl-C: finish the step, write a checkpoint, end training. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received = 0  # signal number
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self, world_size: int, device: torch.device) -> bool:
+        """Whether any rank was told to stop: ranks must leave the loop after the same step or they hang."""
+        if world_size > 1:
+            received = torch.tensor(self.received, device=device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received)
+        return self.received != 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.agreed(args.world_size, args.device):
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received:  # the step's end has saved and agreed already
+            control.should_save = control.should_evaluate = False
+
+
+class StoppedInEvaluation(Exception):
+    """Raised after the checkpoint is written when a stop signal arrives during validation."""
+
+
+class FormulaTrainer(Trainer):
+    """See the module's docstring.
+
+    Args:
+        contract: written beside every checkpoint.
+        generation: greedy settings with `max_new_tokens` for validation.
+        stop: the signal watcher, also asked during validation.
+        on_board: called on the main process after every validation with the fixed samples, predictions filled in.
+        kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s.
+    """
+
+    def __init__(
+        self,
+        *,
+        contract: Contract,
+        generation: GenerationConfig,
+        stop: StopSignal,
+        on_board: Callable[[list[Sample], int], None],
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(compute_loss_func=supervised_loss, **kwargs)
+        self.contract, self.generation, self.stop, self.on_board = contract, generation, stop, on_board
+        self._sampler: EpochSampler | None = None
+        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._samples, self._since = 0, time.perf_counter()
+        self.add_callback(stop)
+        self.add_callback(_EpochOrder(self))
+
+    # training
+
+    def _get_train_sampler(self, train_dataset: FormulaDataset | None = None) -> EpochSampler:
+        num_samples = len(train_dataset if train_dataset is not None else self.train_dataset)
+        ranks = self.args.world_size
+        multiple = self.args.per_device_train_batch_size * ranks if ranks > 1 else 1
+        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
+        self._sampler = EpochSampler(num_samples, multiple=multiple, seed=seed)
+        return self._sampler
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """Mean over supervised tokens of the effective batch; see `supervised_loss`."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        self._samples += len(labels)
+        self._tokens += inputs["attention_mask"].sum()  # stays on the device: no synchronisation in the step
+        outputs = model(**inputs, use_cache=False)
+        if num_items_in_batch is None:
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
+        loss = supervised_loss(outputs.logits, labels, inputs["logits_to_keep"], num_items_in_batch)
+        if self.args.average_tokens_across_devices:
+            loss = loss * self.accelerator.num_processes  # the gradients are averaged over the ranks
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds throughput since the last log and peak memory to every line with a training loss."""
+        if "loss" in logs:
+            seconds = time.perf_counter() - self._since
+            counts = torch.stack([self._tokens, torch.tensor(self._samples, device=self.args.device)])
+            tokens, samples = self.accelerator.reduce(counts, reduction="sum").tolist()
+            logs["tokens_per_second"] = round(tokens / seconds, 1)
+            logs["samples_per_second"] = round(samples / seconds, 2)
+            if self.args.device.type == "cuda":
+                logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+            self._restart_meter()
+        super().log(logs, start_time)
+
+    def _restart_meter(self) -> None:
+        self._tokens.zero_()
+        self._samples, self._since = 0, time.perf_counter()
+
+    # validation
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: list[str] | None = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss over all validation rows, generation over evenly spaced ones; the same numbers on every rank."""
+        dataset: FormulaDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
+        started, training = time.perf_counter(), self.model.training
+        self.model.eval()
+        try:
+            metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
+            rows = spread(len(dataset), self.args.eval_generate_samples)
+            if rows:
+                answers = self._generate_rows(dataset, rows)
+                references = [dataset.records[row].text for row in rows]
+                scores = score([answers[row].text for row in rows], references)
+                metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+                runaways = sum(not answers[row].finished for row in rows)
+                metrics[f"{metric_key_prefix}_runaway_rate"] = runaways / len(rows)
+                self._show_board(dataset, rows, answers)
+        finally:
+            self.model.train(training)
+        metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self._restart_meter()
+        return metrics
+
+    @torch.no_grad()
+    def _validation_loss(self, dataset: FormulaDataset) -> float:
+        total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, supervised tokens
+        for batch in self._my_share(dataset, range(len(dataset)), self.data_collator, "validation loss"):
+            inputs = self._prepare_inputs(batch)
+            labels = inputs.pop("labels")
+            logits = self.model(**inputs, use_cache=False).logits
+            total[0] += supervised_loss(logits, labels, inputs["logits_to_keep"], 1)
+            total[1] += (labels[:, 1:] != IGNORED).sum()
+        loss_sum, num_tokens = self.accelerator.reduce(total, reduction="sum").tolist()
+        return loss_sum / num_tokens
+
+    def _generate_rows(self, dataset: FormulaDataset, rows: list[int]) -> dict[int, Generated]:
+        """Answers by row, generated by all ranks together, each row once."""
+        preprocessor = dataset.preprocessor
+        pad_id = preprocessor.processor.tokenizer.pad_token_id
+        prompts = _Prompts(dataset)
+        mine: list[Generated] = []
+
+        def collate(samples: list[dict]) -> dict[str, torch.Tensor]:
+            return collate_prompts(samples, preprocessor.family, pad_id)
+
+        # Sharded parameters (FSDP, ZeRO-3) are gathered in every forward: all ranks must generate equally long.
+        sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        for batch in self._my_share(prompts, rows, collate, "generation"):
+            mine += generate(self.model, batch, preprocessor, self.generation, synced_gpus=sharded)
+        share = share_of(rows, self.args.process_index, self.args.world_size)
+        pairs = [pair for pair in zip(share, mine, strict=True) if pair[0] != MASKED]
+        if self.args.world_size > 1:
+            gathered: list[Any] = [None] * self.args.world_size
+            torch.distributed.all_gather_object(gathered, pairs)
+            pairs = [pair for part in gathered for pair in part]
+        return dict(pairs)
+
+    def _my_share(self, dataset: Any, rows: Any, collate: Callable, description: str) -> Iterator[Any]:
+        """Batches of this rank's rows; as many on every rank. A stop signal leaves a checkpoint and raises."""
+        loader = DataLoader(
+            dataset,
+            sampler=share_of(list(rows), self.args.process_index, self.args.world_size),
+            batch_size=self.args.per_device_eval_batch_size,
+            collate_fn=collate,
+            num_workers=self.args.dataloader_num_workers,
+            generator=torch.Generator(),  # the global one belongs to training: resumed runs must repeat it
+        )
+        for batch in tqdm(
+            loader,
+            desc=description,
+            leave=False,
+            disable=self.args.disable_tqdm or not self.is_world_process_zero(),
+        ):
+            if self.is_in_train and self.stop.agreed(self.args.world_size, self.args.device):
+                self._save_checkpoint(self.model_wrapped, trial=None)
+                raise StoppedInEvaluation
+            yield batch
+
+    def _show_board(self, dataset: FormulaDataset, rows: list[int], answers: dict[int, Generated]) -> None:
+        if not self.is_world_process_zero():
+            return
+        board = []
+        for row in rows[: self.args.board_samples]:
+            record = dataset.records[row]
+            picture = load_image(record.image_path, record.where)
+            board.append(Sample(image=picture, prediction=answers[row].text, reference=record.text, id=record.id))
+        self.on_board(board, self.state.global_step)
+
+    # checkpoints
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        super()._save(output_dir, state_dict=state_dict)
+        if self.args.should_save:
+            self.current_contract().save(Path(output_dir or self.args.output_dir))
+
+    def current_contract(self) -> Contract:
+        """The contract with what is known of the run by now."""
+        evaluations = [line for line in self.state.log_history if "eval_loss" in line]
+        training = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0, 4)}
+        if evaluations:
+            training["last_evaluation"] = evaluations[-1]
+        return replace(self.contract, training={**self.contract.training, **training})
+
+
+class _EpochOrder(TrainerCallback):
+    """Tells the sampler which epoch begins; accelerate's wrappers forward `set_epoch` only in some versions."""
+
+    def __init__(self, trainer: FormulaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer._sampler.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class _Prompts(torch.utils.data.Dataset):
+    """The prompts of a dataset's rows, for generation."""
+
+    def __init__(self, dataset: FormulaDataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
+        record = self.dataset.records[0 if row == MASKED else row]
+        return self.dataset.preprocessor.prompt_features(record.image_path, record.where)
+
+
+def spread(num_rows: int, num_chosen: int) -> list[int]:
+    """At most `num_chosen` row numbers, evenly spaced over `num_rows`: the same at every validation.
+
+    >>> spread(10, 4)
+    [0, 2, 5, 7]
+    """
+    num_chosen = min(num_rows, num_chosen)
+    return [index * num_rows // num_chosen for index in range(num_chosen)]
+
+
+def share_of(rows: list[int], rank: int, world_size: int) -> list[int]:
+    """Every `world_size`-th row, filled with `MASKED` so that all ranks get equally many.
+
+    >>> share_of([10, 11, 12], rank=1, world_size=2)
+    [11, -1]
+    """
+    mine = rows[rank::world_size]
+    return mine + [MASKED] * (-(-len(rows) // world_size) - len(mine))
