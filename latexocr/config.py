@@ -215,7 +215,7 @@ def _try(value: Any, kind: Any) -> tuple[bool, Any]:
         items = value if isinstance(value, list) else str(value).split(",")
         return isinstance(value, list | str), [str(item) for item in items]
     if kind is str:
-        return isinstance(value, str | Path) or (isinstance(value, bool | int | float)), (
+        return isinstance(value, str | Path | bool | int | float), (
             str(value).lower() if isinstance(value, bool) else str(value)
         )
     if origin is dict or kind is dict:

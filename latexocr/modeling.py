@@ -120,7 +120,7 @@ def load_base(
     return model if device is None else model.to(device)
 
 
-def greedy_config(model: PreTrainedModel, processor: Any, family: Family) -> GenerationConfig:
+def greedy_config(processor: Any, family: Family) -> GenerationConfig:
     """Plain greedy decoding up to the family's end token.
 
     Published checkpoints carry sampling settings and a repetition penalty meant for chat; a penalty ruins formulas,
@@ -130,6 +130,11 @@ def greedy_config(model: PreTrainedModel, processor: Any, family: Family) -> Gen
     end_id = tokenizer.convert_tokens_to_ids(family.end_token)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
     return GenerationConfig(do_sample=False, eos_token_id=end_id, pad_token_id=pad_id, repetition_penalty=1.0)
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model inside an adapter, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def add_lora(

@@ -66,9 +66,13 @@ class Preprocessor:
         Raises:
             InputError: the image cannot be read, or the chat template does not keep the prompt as a prefix.
         """
-        features = self.prompt_features(record.image_path, record.where)
+        return self.sample(record.image_path, record.text, record.where)
+
+    def sample(self, image: ImageInput, text: str, where: str | None = None) -> dict[str, torch.Tensor]:
+        """`__call__` for a picture and an answer that are not in a record."""
+        features = self.prompt_features(image, where)
         prompt_ids = features["input_ids"]
-        answer_ids = torch.tensor(self.answer_ids(record))
+        answer_ids = torch.tensor(self.answer_ids(text, where))
         features["input_ids"] = torch.cat([prompt_ids, answer_ids])
         features["labels"] = torch.cat([torch.full_like(prompt_ids, IGNORED), answer_ids])
         features["attention_mask"] = torch.ones_like(features["input_ids"])
@@ -92,30 +96,30 @@ class Preprocessor:
             "image_grid_thw": patches["image_grid_thw"],
         }
 
-    def answer_ids(self, record: Record) -> list[int]:
+    def answer_ids(self, text: str, where: str | None = None) -> list[int]:
         """Ids of answer and end token, taken from the template's rendering of the whole conversation."""
         conversation = [
             *self._messages,
             {"role": "assistant", "content": [{"type": "text", "text": record.text}]},
         ]
         whole = self.processor.apply_chat_template(conversation, tokenize=False)
-        supervised = record.text + self.family.end_token
+        supervised = text + self.family.end_token
         if not whole.startswith(self._prompt_text + supervised):
             raise InputError(
-                f"{record.where}: the chat template changes the answer or does not start with the prompt; "
-                f"it rendered {whole[len(self._prompt_text) :][:80]!r} for {record.text[:80]!r}"
+                f"{where or 'answer'}: the chat template changes the answer or does not start with the prompt; "
+                f"it rendered {whole[len(self._prompt_text) :][:80]!r} for {text[:80]!r}"
             )
         whole_ids = self._ids(self._prompt_text + supervised)
         prompt_ids = self._prompt_ids
         if whole_ids[: len(prompt_ids)] != prompt_ids:
-            raise InputError(f"{record.where}: the tokenizer merges the end of the prompt with the answer")
+            raise InputError(f"{where or 'answer'}: the tokenizer merges the end of the prompt with the answer")
         return whole_ids[len(prompt_ids) :]
 
     def count_tokens(self, record: Record) -> TokenCounts:
         """Exact token counts from the image's header and the texts, without decoding a pixel."""
         width, height = image_size(record.image_path, record.where)
         image_tokens = self.policy.visual_tokens(width, height)
-        return TokenCounts(len(self._prompt_ids) - 1, image_tokens, len(self.answer_ids(record)))
+        return TokenCounts(len(self._prompt_ids) - 1, image_tokens, len(self.answer_ids(record.text, record.where)))
 
     @cached_property
     def _messages(self) -> list[dict]:
@@ -202,3 +206,22 @@ def select(
             raise InputError(f"{message}; nothing is left to use: raise --max_length or lower --max_visual_tokens")
         logger.warning(f"dropped: {message}")
     return Selection([records[i] for i in kept], [counts[i] for i in kept], dropped)
+
+
+def decode_sample(sample: dict[str, torch.Tensor], preprocessor: Preprocessor) -> str:
+    """A sample's ids as text, image tokens counted, the supervised span between ⟦ and ⟧.
+
+    It is decoded from the tensors that training gets, so it shows what is there and not what was meant.
+    """
+    tokenizer, image_id = preprocessor.processor.tokenizer, preprocessor.processor.image_token_id
+    pieces: list[tuple[str, list[int]]] = []
+    for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
+        kind = "answer" if label != IGNORED else "image" if token == image_id else "prompt"
+        if not pieces or pieces[-1][0] != kind:
+            pieces.append((kind, []))
+        pieces[-1][1].append(token)
+    texts = []
+    for kind, ids in pieces:
+        text = f"{tokenizer.decode(ids[:1])}x{len(ids)}" if kind == "image" else tokenizer.decode(ids)
+        texts.append(f"⟦{text}⟧" if kind == "answer" else text)
+    return "".join(texts)

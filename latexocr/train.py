@@ -39,7 +39,7 @@ from latexocr.modeling import (
     resolve_checkpoint,
     trainable_parameters,
 )
-from latexocr.preprocess import IGNORED, FormulaDataset, Preprocessor, Selection, select
+from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_sample, select
 from latexocr.records import read_records
 from latexocr.tracking import METRICS_FILE, MetricsFile, dashboard_command, saved_run_id, track
 from latexocr.trainer import FormulaTrainer, StoppedInEvaluation, StopSignal
@@ -152,7 +152,10 @@ class TrainResult:
 
     def __str__(self) -> str:
         if self.stopped_by:
-            return f"stopped by signal {self.stopped_by}: {self.adapter_dir} written; go on with --resume_from_checkpoint true"
+            return (
+                f"stopped by signal {self.stopped_by}: {self.adapter_dir} written; "
+                "go on with --resume_from_checkpoint true"
+            )
         shown = {name: value for name, value in self.metrics.items() if "loss" in name or name in BEST_SHOWN}
         return f"adapter: {self.adapter_dir}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
@@ -171,11 +174,8 @@ def train(config: TrainConfig) -> TrainResult:
     """
     if not config.train_json:
         raise InputError("train_json is not set: give the file that csv2json wrote (--train_json train.json)")
-    base_folder = resolve_checkpoint(config.model_name_or_path, config.hub)
-    family = family_in(base_folder)
-    processor = load_processor(base_folder, trust_remote_code=config.trust_remote_code)
-    preprocessor = Preprocessor(processor, family, _policy(config, processor), config.prompt)
-
+    base_folder, preprocessor = load_preprocessor(config)
+    processor, family = preprocessor.processor, preprocessor.family
     training = _select(config, config.train_json, preprocessor)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
     checkpoint = _checkpoint_to_resume(config)
@@ -184,7 +184,7 @@ def train(config: TrainConfig) -> TrainResult:
     set_seed(config.seed)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     model = load_base(base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    model.generation_config = generation = greedy_config(model, processor, family)
+    model.generation_config = generation = greedy_config(processor, family)
     generation.max_new_tokens = config.max_new_tokens
     model = add_lora(
         model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
@@ -271,25 +271,6 @@ def announce(trainer: FormulaTrainer, training: Selection, validation: Selection
     return "\n".join(lines)
 
 
-def decode_sample(sample: dict[str, torch.Tensor], preprocessor: Preprocessor) -> str:
-    """A sample's ids as text, image tokens counted, the supervised span between ⟦ and ⟧.
-
-    It is decoded from the tensors that training gets, so it shows what is there and not what was meant.
-    """
-    tokenizer, image_id = preprocessor.processor.tokenizer, preprocessor.processor.image_token_id
-    pieces: list[tuple[str, list[int]]] = []
-    for token, label in zip(sample["input_ids"].tolist(), sample["labels"].tolist(), strict=True):
-        kind = "answer" if label != IGNORED else "image" if token == image_id else "prompt"
-        if not pieces or pieces[-1][0] != kind:
-            pieces.append((kind, []))
-        pieces[-1][1].append(token)
-    texts = []
-    for kind, ids in pieces:
-        text = f"{tokenizer.decode(ids[:1])}x{len(ids)}" if kind == "image" else tokenizer.decode(ids)
-        texts.append(f"⟦{text}⟧" if kind == "answer" else text)
-    return "".join(texts)
-
-
 def _statistics(selection: Selection) -> str:
     totals = sorted(count.total for count in selection.counts)
     image = sum(count.image for count in selection.counts) / len(totals)
@@ -300,16 +281,20 @@ def _statistics(selection: Selection) -> str:
     )
 
 
-def _policy(config: TrainConfig, processor: Any) -> ImagePolicy:
-    image_processor = processor.image_processor
-    return ImagePolicy(
-        cell=image_processor.patch_size * image_processor.merge_size,
+def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
+    """The base checkpoint's folder, and the preprocessing that this configuration means for it."""
+    base_folder = resolve_checkpoint(config.model_name_or_path, config.hub)
+    family = family_in(base_folder)
+    processor = load_processor(base_folder, trust_remote_code=config.trust_remote_code)
+    policy = ImagePolicy(
+        cell=processor.image_processor.patch_size * processor.image_processor.merge_size,
         mode=config.image_mode,
         min_visual_tokens=config.min_visual_tokens,
         max_visual_tokens=config.max_visual_tokens,
         height=config.image_height,
         width=config.image_width,
     )
+    return base_folder, Preprocessor(processor, family, policy, config.prompt)
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:

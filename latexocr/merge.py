@@ -1,0 +1,174 @@
+"""Stage 6: adapter -> stand-alone checkpoint, proven to answer as the adapter did.
+
+Merged in float32 (in bfloat16 the small LoRA update is partly rounded away), stored in the base model's type and
+under the hub's key names, then loaded again from disk and compared with base + adapter on pictures.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from latexocr.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+    from PIL import Image
+
+    from latexocr.predict import LatexOCR
+
+# Largest accepted difference of log-probabilities, in float32 before rounding and after storing in 16 bits.
+EXACT_TOLERANCE = 1e-3
+ROUNDED_TOLERANCE = 0.5
+
+
+class MergeMismatch(RuntimeError):
+    """The merged model does not answer as base + adapter; the folder was removed."""
+
+
+@dataclass(frozen=True)
+class MergeResult:
+    """Where the checkpoint lies and how far it is from base + adapter.
+
+    Args:
+        output: the checkpoint folder.
+        merged_difference: largest difference of log-probabilities, merged against base + adapter, both float32.
+        stored_difference: the same for the checkpoint loaded back from disk (rounded to its stored type).
+        dtype: type of the stored weights.
+    """
+
+    output: Path
+    merged_difference: float
+    stored_difference: float
+    dtype: str
+
+    def __str__(self) -> str:
+        return (
+            f"{self.output}: merged, stored as {self.dtype}; largest difference of log-probabilities to "
+            f"base + adapter: {self.merged_difference:.2g} merged, {self.stored_difference:.2g} after reloading"
+        )
+
+
+def merge(
+    adapter: Path,
+    output: Path,
+    *,
+    model: str | None = None,
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    images: list[str] | None = None,
+    device: str | None = None,
+    hub: Literal["modelscope", "huggingface"] = "modelscope",
+    trust_remote_code: bool = False,
+) -> MergeResult:
+    """Merge an adapter into its base model and check the result.
+
+    Args:
+        adapter: adapter folder (adapter/ or checkpoint-N/).
+        output: folder for the merged checkpoint; must be new or empty.
+        model: the base model, when it is no longer where latexocr.json says.
+        dtype: type of the stored weights (auto: the base model's).
+        images: pictures to compare on (default: three drawn by this command).
+        device: cpu, cuda, ... (default: a GPU when there is one).
+        hub: where a hub id is downloaded from.
+        trust_remote_code: run Python code that comes with a checkpoint.
+
+    Raises:
+        InputError: not an adapter, another base model, or a folder in use.
+        MergeMismatch: the merged model answers differently; nothing is left behind.
+    """
+    import torch
+
+    from latexocr import modeling
+    from latexocr.contract import fingerprint
+    from latexocr.images import load_image
+    from latexocr.predict import LatexOCR
+
+    contract = modeling.check_adapter(adapter)
+    if contract is None and model is None:
+        raise InputError(f"{adapter}: no latexocr.json, so its base model is unknown; give --model")
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise InputError(f"{output}: already there and not empty; choose a new folder")
+    base_folder = modeling.resolve_checkpoint(model or contract.base_model, hub)
+    pictures = [load_image(path) for path in images] if images else check_pictures()
+    options = {"device": device, "dtype": "float32", "hub": hub, "trust_remote_code": trust_remote_code}
+
+    ocr = LatexOCR.from_pretrained(base_folder, adapter=adapter, **options)
+    answers = [answer.text for answer in ocr.generate(pictures, max_new_tokens=32)]
+    expected = log_probabilities(ocr, pictures, answers)
+    ocr.model = ocr.model.merge_and_unload()
+    merged_difference = _difference(expected, log_probabilities(ocr, pictures, answers))
+    if merged_difference > EXACT_TOLERANCE:
+        raise MergeMismatch(f"merging {adapter} changed log-probabilities by {merged_difference:.3g}")
+
+    stored_dtype = _stored_dtype(base_folder) if dtype == "auto" else dtype
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{output}: cannot be written ({error.strerror})") from error
+    try:
+        ocr.model.to(getattr(torch, stored_dtype)).save_pretrained(output, save_original_format=True)
+        ocr.preprocessor.processor.save_pretrained(output)
+        if ocr.contract:
+            replace(ocr.contract, base_model=str(output), base_fingerprint=fingerprint(output)).save(output)
+        reloaded = LatexOCR.from_pretrained(output, **options)
+        stored_difference = _difference(expected, log_probabilities(reloaded, pictures, answers))
+        limit = EXACT_TOLERANCE if stored_dtype == "float32" else ROUNDED_TOLERANCE
+        if stored_difference > limit:
+            raise MergeMismatch(
+                f"{output}: loaded back, it differs from base + adapter by {stored_difference:.3g} "
+                f"(limit {limit}); removed"
+            )
+    except BaseException:
+        shutil.rmtree(output, ignore_errors=True)  # nothing half-written
+        raise
+    return MergeResult(output, merged_difference, stored_difference, stored_dtype)
+
+
+def log_probabilities(ocr: LatexOCR, pictures: list[Image.Image], answers: list[str]) -> list[torch.Tensor]:
+    """Log-probabilities (answer tokens, vocabulary) along the same given answers, one tensor a picture."""
+    import torch
+
+    from latexocr.collate import FormulaCollator
+
+    tokenizer = ocr.preprocessor.processor.tokenizer
+    collate = FormulaCollator(tokenizer=tokenizer, family=ocr.preprocessor.family)
+    found = []
+    for picture, answer in zip(pictures, answers, strict=True):
+        sample = ocr.preprocessor.sample(picture, answer)
+        batch = {key: value.to(ocr.model.device) for key, value in collate([sample]).items() if key != "labels"}
+        batch["pixel_values"] = batch["pixel_values"].to(ocr.model.dtype)
+        with torch.no_grad():
+            found.append(ocr.model(**batch).logits[0].float().log_softmax(-1).cpu())
+    return found
+
+
+def check_pictures() -> list[Image.Image]:
+    """Three simple drawings: the comparison needs pictures, not formulas."""
+    from PIL import Image, ImageDraw
+
+    pictures = []
+    for text in ("a + b = c", "x^2 - 1", "f(x) = sin x"):
+        picture = Image.new("L", (14 * len(text), 40), "white")
+        ImageDraw.Draw(picture).text((8, 8), text, fill="black")
+        pictures.append(picture)
+    return pictures
+
+
+def _difference(expected: list[torch.Tensor], found: list[torch.Tensor]) -> float:
+    """Largest difference where it matters: over tokens that either side gives a probability above 0.001."""
+    import math
+
+    largest = 0.0
+    for one, other in zip(expected, found, strict=True):
+        likely = (one > math.log(1e-3)) | (other > math.log(1e-3))
+        largest = max(largest, float((one - other).abs()[likely].max()))
+    return largest
+
+
+def _stored_dtype(folder: Path) -> str:
+    from latexocr.modeling import read_config
+
+    config: dict[str, Any] = read_config(folder)
+    return str(config.get("dtype") or config.get("torch_dtype") or "float32")

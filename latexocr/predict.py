@@ -1,0 +1,280 @@
+"""Inference: images -> LaTeX, with the prompt, image policy and end token that training used.
+
+from latexocr.predict import LatexOCR
+
+ocr = LatexOCR.from_pretrained("outputs/latexocr/adapter")
+print(ocr("formula.png"))
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from latexocr.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+    from latexocr.contract import Contract
+    from latexocr.generate import Generated
+    from latexocr.images import ImageInput
+    from latexocr.preprocess import Preprocessor
+
+
+class LatexOCR:
+    """A loaded model that reads formulas; make one with `from_pretrained`.
+
+    Args:
+        model: base, merged model, or adapter around its base, in evaluation mode.
+        preprocessor: prompt builder and image policy, the same as in training.
+        contract: the checkpoint's `latexocr.json`, None for a plain base model.
+    """
+
+    def __init__(self, model: Any, preprocessor: Preprocessor, contract: Contract | None = None) -> None:
+        self.model, self.preprocessor, self.contract = model, preprocessor, contract
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | Path,
+        *,
+        adapter: str | Path | None = None,
+        device: str | None = None,
+        dtype: str | torch.dtype | None = None,
+        prompt: str | None = None,
+        hub: Literal["modelscope", "huggingface"] = "modelscope",
+        trust_remote_code: bool = False,
+    ) -> LatexOCR:
+        """Load a base or merged checkpoint, with an adapter or without.
+
+        Args:
+            path: model folder, hub id, or an adapter folder (its base is then taken from `latexocr.json`).
+            adapter: adapter folder to put on the model.
+            device: "cpu", "cuda", "cuda:1", ...; a GPU by default when there is one.
+            dtype: "float32", "bfloat16", ...; bfloat16 by default where the device has it.
+            prompt: another instruction than the checkpoint was trained with.
+            hub: where a hub id is downloaded from.
+            trust_remote_code: run Python code that comes with a checkpoint.
+
+        Raises:
+            InputError: not a checkpoint, or an adapter for another base model.
+        """
+        import torch
+
+        from latexocr import modeling
+        from latexocr.config import PROMPT
+        from latexocr.contract import Contract
+        from latexocr.images import ImagePolicy
+        from latexocr.preprocess import Preprocessor
+
+        if adapter is None and (Path(path) / modeling.ADAPTER_CONFIG).is_file():
+            adapter = Path(path)
+            contract = modeling.check_adapter(adapter)
+            if contract is None:
+                raise InputError(
+                    f"{path}: an adapter without latexocr.json; name its base: --model BASE --adapter {path}"
+                )
+            path = contract.base_model
+        base_folder = modeling.resolve_checkpoint(path, hub)
+        family = modeling.family_in(base_folder)
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if isinstance(dtype, str):
+            dtype = getattr(torch, dtype)
+        model = modeling.load_base(
+            base_folder,
+            dtype=dtype or modeling.default_dtype(device),
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+        source, contract = base_folder, Contract.load(base_folder)
+        if adapter is not None:
+            model = modeling.load_adapter(model, Path(adapter), base_folder)
+            contract = Contract.load(Path(adapter)) or contract
+            if (Path(adapter) / "tokenizer_config.json").is_file():
+                source = Path(adapter)
+        processor = modeling.load_processor(source, trust_remote_code=trust_remote_code)
+        image_processor = processor.image_processor
+        policy = (
+            contract.image_policy if contract else ImagePolicy(image_processor.patch_size * image_processor.merge_size)
+        )
+        prompt = prompt or (contract.prompt if contract else PROMPT)
+        # Settings that a checkpoint stores for chat would be mixed into ours.
+        modeling.inner_model(model).generation_config = modeling.greedy_config(processor, family)
+        return cls(model.eval(), Preprocessor(processor, family, policy, prompt), contract)
+
+    def __call__(self, images: ImageInput | Sequence[ImageInput], **options: Any) -> str | list[str]:
+        """Read one image (path, bytes, PIL image, array) -> str, or a list of them -> list[str].
+
+        Args:
+            images: one image or a list.
+            options: see `generate`.
+
+        Raises:
+            InputError: an image that cannot be read; it is named.
+        """
+        if isinstance(images, list | tuple):
+            return [answer.text for answer in self.generate(images, **options)]
+        return self.generate([images], **options)[0].text
+
+    def generate(
+        self,
+        images: Sequence[ImageInput],
+        *,
+        batch_size: int = 16,
+        max_new_tokens: int = 512,
+        temperature: float | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        progress: bool = False,
+    ) -> list[Generated]:
+        """Read images in batches; answers come with their length and whether they ended by themselves.
+
+        Args:
+            images: paths, bytes, PIL images or arrays.
+            batch_size: images at once.
+            max_new_tokens: longest answer in tokens.
+            temperature: greedy decoding when left out, else sampling at this temperature.
+            top_p: sampling from the smallest set of tokens with this probability.
+            min_p: sampling from tokens with at least this share of the best one's probability.
+            progress: show a progress bar.
+        """
+        from tqdm.auto import tqdm
+
+        from latexocr.generate import collate_prompts, generate
+
+        config = self._generation(max_new_tokens, temperature, top_p, min_p)
+        answers: list[Generated] = []
+        with tqdm(total=len(images), desc="reading", unit="image", disable=not progress) as bar:
+            for start in range(0, len(images), batch_size):
+                chunk = images[start : start + batch_size]
+                features = [self.preprocessor.prompt_features(image) for image in chunk]
+                batch = collate_prompts(features, self.preprocessor.family, config.pad_token_id)
+                answers += generate(self.model, batch, self.preprocessor, config)
+                bar.update(len(chunk))
+        return answers
+
+    def stream(self, image: ImageInput, *, max_new_tokens: int = 512, **sampling: Any) -> Iterator[str]:
+        """Pieces of the answer as they are generated; joined they are what `__call__` returns.
+
+        Args:
+            image: path, bytes, PIL image or array.
+            max_new_tokens: longest answer in tokens.
+            sampling: temperature, top_p, min_p as for `generate`.
+        """
+        import threading
+
+        from transformers import TextIteratorStreamer
+
+        from latexocr.generate import collate_prompts, generate
+
+        features = self.preprocessor.prompt_features(image)
+        config = self._generation(max_new_tokens, **{"temperature": None, "top_p": None, "min_p": None, **sampling})
+        streamer = TextIteratorStreamer(
+            self.preprocessor.processor.tokenizer,
+            skip_prompt=True,
+            skip_special_tokens=True,
+            clean_up_tokenization_spaces=False,
+        )
+        batch = collate_prompts([features], self.preprocessor.family, config.pad_token_id)
+        failure: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                generate(self.model, batch, self.preprocessor, config, streamer=streamer)
+            except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
+                failure.append(error)
+                streamer.end()
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        yield from (piece for piece in streamer if piece)
+        thread.join()
+        if failure:
+            raise failure[0]
+
+    def _generation(
+        self, max_new_tokens: int, temperature: float | None, top_p: float | None, min_p: float | None
+    ) -> Any:
+        from latexocr.modeling import greedy_config
+
+        if max_new_tokens < 1:
+            raise InputError(f"max_new_tokens is {max_new_tokens}, needs at least 1")
+        config = greedy_config(self.preprocessor.processor, self.preprocessor.family)
+        config.max_new_tokens = max_new_tokens
+        sampling = {"temperature": temperature, "top_p": top_p, "min_p": min_p}
+        given = {name: value for name, value in sampling.items() if value is not None}
+        if any(value <= 0 for value in given.values()):
+            raise InputError(f"sampling options must be above 0, given {given}; leave them out for greedy decoding")
+        if given:
+            config.update(do_sample=True, top_k=0, **given)
+        return config
+
+
+def predict(
+    images: list[str],
+    model: str,
+    *,
+    adapter: Path | None = None,
+    batch_size: int = 16,
+    max_new_tokens: int = 512,
+    temperature: float | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    json: bool = False,
+    stream: bool = False,
+    prompt: str | None = None,
+    device: str | None = None,
+    hub: Literal["modelscope", "huggingface"] = "modelscope",
+    trust_remote_code: bool = False,
+) -> None:
+    """Print one line of LaTeX for every image.
+
+    Args:
+        images: image files.
+        model: base or merged model, or an adapter folder: a path or a hub id.
+        adapter: adapter folder to put on the model.
+        batch_size: images at once.
+        max_new_tokens: longest answer in tokens.
+        temperature: greedy decoding when left out, else sampling at this temperature.
+        top_p: sampling from the smallest set of tokens with this probability.
+        min_p: sampling from tokens with at least this share of the best one's probability.
+        json: print one JSON object a line: image_path, prediction, num_tokens, finished.
+        stream: print tokens as they come.
+        prompt: another instruction than the checkpoint was trained with.
+        device: cpu, cuda, ... (default: a GPU when there is one).
+        hub: where a hub id is downloaded from.
+        trust_remote_code: run Python code that comes with a checkpoint.
+    """
+    if stream and json:
+        raise InputError("--stream and --json exclude each other: tokens as they come are no JSON")
+    for image in images:
+        if not Path(image).is_file():
+            raise InputError(f"{image}: no such image file")
+    ocr = LatexOCR.from_pretrained(
+        model, adapter=adapter, device=device, prompt=prompt, hub=hub, trust_remote_code=trust_remote_code
+    )
+    sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "min_p": min_p}
+    if stream:
+        for image in images:
+            for piece in ocr.stream(image, **sampling):
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            print(flush=True)
+        return
+    answers = ocr.generate(images, batch_size=batch_size, **sampling)
+    for image, answer in zip(images, answers, strict=True):
+        print(_json_line(image, answer) if json else " ".join(answer.text.split("\n")), flush=True)
+
+
+def _json_line(image: str, answer: Generated) -> str:
+    row = {
+        "image_path": image,
+        "prediction": answer.text,
+        "num_tokens": answer.num_tokens,
+        "finished": answer.finished,
+    }
+    return json.dumps(row, ensure_ascii=False)

@@ -1,0 +1,55 @@
+"""What the model will see, before a GPU hour is spent on it: ids decoded, labels marked, the picture saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+
+def preview(
+    data: Path,
+    model: str,
+    *,
+    n: int = 5,
+    output_dir: Path = Path("preview"),
+    config: Path | None = None,
+    hub: Literal["modelscope", "huggingface"] = "modelscope",
+) -> str:
+    """Print the first records as the model gets them and save each picture as the model sees it.
+
+    Args:
+        data: train.json or val.json.
+        model: base model: a folder or a hub id.
+        n: number of records.
+        output_dir: folder for the pictures, made back from the patches.
+        config: training YAML with the prompt and image options to use (default: the recipe's).
+        hub: where a hub id is downloaded from.
+
+    Raises:
+        InputError: data, model or configuration that cannot be used.
+    """
+    from latexocr.config import read_yaml
+    from latexocr.images import unpatchify
+    from latexocr.preprocess import decode_sample
+    from latexocr.records import read_records
+    from latexocr.train import TrainConfig, load_preprocessor
+
+    values = {"use_cpu": True, **(read_yaml(config) if config else {})}
+    options = TrainConfig.from_dict({**values, "model_name_or_path": model, "hub": hub, "val_json": None})
+    _, preprocessor = load_preprocessor(options)
+    records = read_records(data)[:n]
+    output_dir.mkdir(parents=True, exist_ok=True)
+    blocks = []
+    for record in records:
+        sample, counts = preprocessor(record), preprocessor.count_tokens(record)
+        picture = unpatchify(
+            sample["pixel_values"], sample["image_grid_thw"][0], preprocessor.processor.image_processor
+        )
+        path = output_dir / f"{record.id}.png"
+        picture.save(path)
+        blocks.append(
+            f"{record.where}: {counts.total} tokens (prompt {counts.prompt}, image {counts.image}, "
+            f"answer {counts.answer}), picture {picture.width}x{picture.height} -> {path}\n"
+            f"{decode_sample(sample, preprocessor)}\n"
+        )
+    return "\n".join(blocks)
