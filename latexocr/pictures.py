@@ -19,7 +19,7 @@ MAX_PIXELS = 64_000_000
 MAX_ASPECT = 200
 
 # Raster formats only: PIL would hand an EPS to Ghostscript, which is a program inside a data set.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "TGA")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -161,5 +161,5 @@ def _to_8_bit(image: Image.Image) -> Image.Image:
 
 def _what_was_wrong(error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
-        return "not one of the formats " + ", ".join(FORMATS[:7])
+        return "not one of the formats " + ", ".join(FORMATS)
     return " ".join(f"{error}".split()) or type(error).__name__

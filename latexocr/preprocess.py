@@ -100,7 +100,7 @@ class Preprocessor:
         """Ids of answer and end token, taken from the template's rendering of the whole conversation."""
         conversation = [
             *self._messages,
-            {"role": "assistant", "content": [{"type": "text", "text": record.text}]},
+            {"role": "assistant", "content": [{"type": "text", "text": text}]},
         ]
         whole = self.processor.apply_chat_template(conversation, tokenize=False)
         supervised = text + self.family.end_token
