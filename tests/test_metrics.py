@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 import random
 import subprocess
 import sys
@@ -248,3 +250,8 @@ def test_import_needs_neither_torch_nor_the_arithmetic():
     code = "import sys, latexocr.metrics; print([m for m in ('torch', 'sacrebleu', 'rapidfuzz') if m in sys.modules])"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert output.strip() == "[]"
+
+
+@pytest.mark.parametrize(("module", "num_examples"), [("canonical", 2), ("scores", 5), ("tokens", 1)])
+def test_docstring_examples(module, num_examples):
+    assert doctest.testmod(importlib.import_module(f"latexocr.metrics.{module}")) == (0, num_examples)
