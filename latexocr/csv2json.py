@@ -7,6 +7,7 @@ the same canonical formula travel together.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -63,8 +64,8 @@ def csv2json(
         InputError: a missing file, column or image, a blank text, or a val_size that leaves no training rows.
     """
     csv, train_json, val_json = Path(csv), Path(train_json), Path(val_json)
-    if train_json.absolute() == val_json.absolute():
-        raise InputError(f"{train_json}: train and validation need two files")
+    if len({file.absolute() for file in (csv, train_json, val_json)}) < 3:
+        raise InputError(f"{train_json}: the table, train and validation need three files")
     rows = _read_rows(csv)
     num_val = _num_val(val_size, len(rows))
     formulas = _group_by_formula([text for _, text in rows])
@@ -110,9 +111,9 @@ def _read_rows(file: Path) -> list[tuple[str, str]]:
 
 def _num_val(val_size: int | float, num_rows: int) -> int:
     """Rows asked for: a whole number is a count, a number between 0 and 1 a fraction (at least one row)."""
-    if isinstance(val_size, float) and 0 < val_size < 1:
+    if 0 < val_size < 1:
         num_val = max(1, round(val_size * num_rows))
-    elif val_size >= 0 and val_size == int(val_size):
+    elif val_size == 0 or (isinstance(val_size, int) and val_size > 0):  # 1.0 could mean one row or all: refused
         num_val = int(val_size)
     else:
         raise InputError(f"val_size {val_size}: needed is a count such as 200 or a fraction such as 0.05")
@@ -170,6 +171,8 @@ def _write_both(files: dict[Path, list[dict]]) -> None:
     temporary = {path: path.with_name(path.name + ".tmp") for path in files}
     try:
         for path, records in files.items():
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, "Is a directory", str(path))
             path.parent.mkdir(parents=True, exist_ok=True)
             with temporary[path].open("w", encoding="utf-8", newline="\n") as file:
                 json.dump(records, file, ensure_ascii=False, indent=2)

@@ -214,8 +214,8 @@ def _prepare(output_dir: Path, job: dict) -> None:
     elif state != job:  # a finished state is never equal: it has counts
         _refuse_if_edited(output_dir, state)
         _remove_own_files(output_dir)
+    _write(output_dir / STATE, json.dumps(job, indent=1))  # first: what comes after it is ours
     (output_dir / PARTS).mkdir(exist_ok=True)
-    _write(output_dir / STATE, json.dumps(job, indent=1))
 
 
 def _refuse_if_edited(output_dir: Path, state: dict) -> None:

@@ -63,7 +63,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
 
     Raises:
         PictureError: empty, not a picture that is read here, or of absurd size.
-        FileNotFoundError: no file at the path.
+        OSError: no file at the path, or it may not be read.
     """
     try:
         with warnings.catch_warnings():
@@ -74,7 +74,7 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
         megapixels = f"{int(pixels.group(1)) // 1_000_000}" if pixels else "far too many"
         limit = MAX_PIXELS // 1_000_000
         raise PictureError(f"absurd size: {megapixels} megapixels, more than {limit}") from error
-    except (FileNotFoundError, IsADirectoryError):
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # broken headers raise anything: OSError, SyntaxError, struct.error, ...
         raise PictureError(f"undecodable image: {_what_was_wrong(error)}") from error
@@ -89,7 +89,7 @@ def load_picture(file: Path | BinaryIO) -> Image.Image:
 
     Raises:
         PictureError: as in `open_picture`, or the pixel data is damaged.
-        FileNotFoundError: no file at the path.
+        OSError: no file at the path, or it may not be read.
     """
     image = open_picture(file)
     try:
