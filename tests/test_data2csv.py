@@ -231,7 +231,7 @@ def test_rows_end_in_one_of_two_tables(tmp_path, num_workers):
         ("6", "6.png", "e"),
         ("7", "7.png", "f"),
         ("8", "8.png", "g"),
-        ("9", "9.png", "nul \0"),
+        ("9", "9.png", "nul \\x00"),
     ]
     assert [row["reason"].partition(":")[0] for row in table(result.rejected_csv)] == [
         "blank text",
