@@ -16,6 +16,9 @@ from latexocr.families import Family
 class FormulaCollator(DataCollatorForSeq2Seq):
     """`DataCollatorForSeq2Seq` for images and text.
 
+    Rows are padded on the left (`load_processor` sets the tokenizer so): generation needs it, and in training it
+    lines the answers up, so that fewer columns of logits are needed.
+
     The stock collator pads input_ids, attention_mask and labels, but fails on ragged per-token inputs that the
     tokenizer does not know (`mm_token_type_ids`) and cannot join `pixel_values`; the family says which are which.
 
@@ -28,22 +31,20 @@ class FormulaCollator(DataCollatorForSeq2Seq):
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
         apart = [*(key for key, _ in self.family.padded), *self.family.concatenated]
-        text = [{key: value for key, value in feature.items() if key not in apart} for feature in features]
-        labelled = "labels" in text[0]
+        # lists, because the stock collator pads labels as arrays and converts them one by one, slowly
+        text = [{key: value.tolist() for key, value in feature.items() if key not in apart} for feature in features]
         batch = dict(super().__call__(text, return_tensors))
-        if not labelled:
-            batch.pop("labels", None)  # the stock collator invents `labels: None`
-        left = self.tokenizer.padding_side == "left"
         for key, value in self.family.padded:
-            columns = [torch.as_tensor(feature[key]) for feature in features]
             padded = pad_sequence(
-                columns, batch_first=True, padding_value=value, padding_side="left" if left else "right"
+                [f[key] for f in features], batch_first=True, padding_value=value, padding_side="left"
             )
             extra = batch["input_ids"].shape[1] - padded.shape[1]  # pad_to_multiple_of
-            batch[key] = torch.nn.functional.pad(padded, (extra, 0) if left else (0, extra), value=value)
+            batch[key] = torch.nn.functional.pad(padded, (extra, 0), value=value)
         for key in self.family.concatenated:
-            batch[key] = torch.cat([torch.as_tensor(feature[key]) for feature in features])
-        if labelled:
+            batch[key] = torch.cat([feature[key] for feature in features])
+        if "labels" in text[0]:
             supervised = (batch["labels"][:, 1:] != self.label_pad_token_id).any(dim=0)
             batch["logits_to_keep"] = supervised.nonzero()[:, 0]
+        else:
+            del batch["labels"]  # the stock collator invents `labels: None`
         return batch

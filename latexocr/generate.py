@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationConfig
 
-from latexocr.families import Family
 from latexocr.preprocess import Preprocessor
 
 
@@ -23,18 +20,6 @@ class Generated:
     finished: bool
 
 
-def collate_prompts(features: Sequence[dict[str, Any]], family: Family, pad_id: int) -> dict[str, torch.Tensor]:
-    """Prompts -> one batch padded on the left, so that all answers start in the same column."""
-    padding = {"input_ids": pad_id, "attention_mask": 0, **dict(family.padded)}
-    batch = {
-        key: pad_sequence([f[key] for f in features], batch_first=True, padding_value=value, padding_side="left")
-        for key, value in padding.items()
-    }
-    for key in family.concatenated:
-        batch[key] = torch.cat([feature[key] for feature in features])
-    return batch
-
-
 @torch.no_grad()
 def generate(
     model: Any,
@@ -43,7 +28,7 @@ def generate(
     config: GenerationConfig,
     **options: Any,
 ) -> list[Generated]:
-    """Generate one answer a row of `batch` (from `collate_prompts`).
+    """Generate one answer a row of `batch` (prompts, collated).
 
     Args:
         model: the model or the adapter around it, in evaluation mode.

@@ -90,9 +90,9 @@ class ImagePolicy:
     def apply(self, image: Image.Image) -> Image.Image:
         """The picture that the model sees: RGB, both sides whole cells."""
         width, height, canvas_width, canvas_height = self.layout(*image.size)
-        image = image.convert("RGB")
-        if (width, height) != image.size:
+        if (width, height) != image.size:  # before the conversion: resizing grey is a third of the work
             image = image.resize((width, height), Image.Resampling.BICUBIC)
+        image = image.convert("RGB")
         if (width, height) == (canvas_width, canvas_height):
             return image
         canvas = Image.new("RGB", (canvas_width, canvas_height), "white")

@@ -130,14 +130,10 @@ def log_probabilities(ocr: LatexOCR, pictures: list[Image.Image], answers: list[
     """Log-probabilities (answer tokens, vocabulary) along the same given answers, one tensor a picture."""
     import torch
 
-    from latexocr.collate import FormulaCollator
-
-    tokenizer = ocr.preprocessor.processor.tokenizer
-    collate = FormulaCollator(tokenizer=tokenizer, family=ocr.preprocessor.family)
     found = []
     for picture, answer in zip(pictures, answers, strict=True):
         sample = ocr.preprocessor.sample(picture, answer)
-        batch = {key: value.to(ocr.model.device) for key, value in collate([sample]).items() if key != "labels"}
+        batch = {key: value.to(ocr.model.device) for key, value in ocr.collate([sample]).items() if key != "labels"}
         batch["pixel_values"] = batch["pixel_values"].to(ocr.model.dtype)
         with torch.no_grad():
             found.append(ocr.model(**batch).logits[0].float().log_softmax(-1).cpu())

@@ -83,6 +83,7 @@ def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{folder}: processor files are missing (preprocessor_config.json); copy them from the base")
     if processor.chat_template is None:
         raise InputError(f"{folder}: no chat template (chat_template.jinja); copy it from the base model")
+    processor.tokenizer.padding_side = "left"  # see FormulaCollator
     return processor
 
 

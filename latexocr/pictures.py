@@ -77,6 +77,8 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     except (FileNotFoundError, IsADirectoryError, PermissionError):
         raise
     except Exception as error:  # broken headers raise anything: OSError, SyntaxError, struct.error, ...
+        if isinstance(file, Path) and file.stat().st_size == 0:
+            raise PictureError("empty file (0 bytes)") from error
         raise PictureError(f"undecodable image: {_what_was_wrong(error)}") from error
     reason = check_size(*image.size)
     if reason:

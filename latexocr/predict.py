@@ -35,7 +35,10 @@ class LatexOCR:
     """
 
     def __init__(self, model: Any, preprocessor: Preprocessor, contract: Contract | None = None) -> None:
+        from latexocr.collate import FormulaCollator
+
         self.model, self.preprocessor, self.contract = model, preprocessor, contract
+        self.collate = FormulaCollator(tokenizer=preprocessor.processor.tokenizer, family=preprocessor.family)
 
     @classmethod
     def from_pretrained(
@@ -144,15 +147,14 @@ class LatexOCR:
         """
         from tqdm.auto import tqdm
 
-        from latexocr.generate import collate_prompts, generate
+        from latexocr.generate import generate
 
         config = self._generation(max_new_tokens, temperature, top_p, min_p)
         answers: list[Generated] = []
         with tqdm(total=len(images), desc="reading", unit="image", disable=not progress) as bar:
             for start in range(0, len(images), batch_size):
                 chunk = images[start : start + batch_size]
-                features = [self.preprocessor.prompt_features(image) for image in chunk]
-                batch = collate_prompts(features, self.preprocessor.family, config.pad_token_id)
+                batch = self.collate([self.preprocessor.prompt_features(image) for image in chunk])
                 answers += generate(self.model, batch, self.preprocessor, config)
                 bar.update(len(chunk))
         return answers
@@ -169,9 +171,8 @@ class LatexOCR:
 
         from transformers import TextIteratorStreamer
 
-        from latexocr.generate import collate_prompts, generate
+        from latexocr.generate import generate
 
-        features = self.preprocessor.prompt_features(image)
         config = self._generation(max_new_tokens, **{"temperature": None, "top_p": None, "min_p": None, **sampling})
         streamer = TextIteratorStreamer(
             self.preprocessor.processor.tokenizer,
@@ -179,7 +180,7 @@ class LatexOCR:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        batch = collate_prompts([features], self.preprocessor.family, config.pad_token_id)
+        batch = self.collate([self.preprocessor.prompt_features(image)])
         failure: list[BaseException] = []
 
         def run() -> None:

@@ -63,7 +63,5 @@ def family_of(model_type: str) -> Family:
     """
     known = {kind: family for family in families() for kind in family.model_types}
     if model_type not in known:
-        raise InputError(
-            f"unknown model type {model_type!r}{nearest(model_type, known)}; known: {', '.join(known)}"
-        )
+        raise InputError(f"unknown model type {model_type!r}{nearest(model_type, known)}; known: {', '.join(known)}")
     return known[model_type]

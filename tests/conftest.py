@@ -1,0 +1,85 @@
+"""Tiny models of the real architectures, built offline, and records over the bundled sample."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning in forked data-loader workers
+
+ROOT = Path(__file__).resolve().parent.parent
+SAMPLE = ROOT / "data" / "sample"
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> dict[str, Path]:
+    from latexocr.build import build
+
+    folder = tmp_path_factory.mktemp("models")
+    for model_type in MODEL_TYPES:
+        build(folder / model_type, corpus=SAMPLE / "metadata.jsonl", model_type=model_type)
+    return {model_type: folder / model_type for model_type in MODEL_TYPES}
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_models) -> Path:
+    return tiny_models["qwen2_vl"]
+
+
+def write_records(path: Path, rows: list[tuple[str, str]]) -> Path:
+    """A train.json of (image path, text) pairs."""
+    records = [
+        {
+            "id": f"identity_{number}",
+            "conversations": [{"role": "user", "value": image}, {"role": "assistant", "value": text}],
+        }
+        for number, (image, text) in enumerate(rows, 1)
+    ]
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def records(tmp_path_factory) -> dict[str, Path]:
+    """train.json of 24 and val.json of 7 bundled formulas."""
+    lines = (SAMPLE / "metadata.jsonl").read_text(encoding="utf-8").splitlines()[:31]
+    rows = [(str(SAMPLE / row["file_name"]), row["text"]) for row in map(json.loads, lines)]
+    folder = tmp_path_factory.mktemp("records")
+    return {
+        "train": write_records(folder / "train.json", rows[:24]),
+        "val": write_records(folder / "val.json", rows[24:]),
+    }
+
+
+@pytest.fixture
+def config(tiny, records, tmp_path):
+    """A TrainConfig of three steps on the CPU without dropout; keywords override."""
+    from latexocr.train import TrainConfig
+
+    def make(**options) -> TrainConfig:
+        return TrainConfig(
+            **{
+                "model_name_or_path": str(tiny),
+                "train_json": str(records["train"]),
+                "output_dir": str(tmp_path / "run"),
+                "use_cpu": True,
+                "max_steps": 3,
+                "per_device_train_batch_size": 2,
+                "gradient_accumulation_steps": 4,
+                "learning_rate": 1e-3,
+                "lora_r": 8,
+                "lora_dropout": 0.0,
+                "logging_steps": 1,
+                "dataloader_num_workers": 0,
+                "max_new_tokens": 8,
+                "swanlab_mode": "disabled",
+                "disable_tqdm": True,
+                **options,
+            }
+        )
+
+    return make

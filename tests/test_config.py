@@ -1,0 +1,117 @@
+"""Defaults < YAML < command line, and what a wrong name or type is answered with."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from latexocr.config import PROMPT, TrainOptions, option_table, parse_train_arguments, train_help, typed_values
+from latexocr.errors import InputError
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
+    from latexocr.train import TrainConfig
+
+    (tmp_path / "c.yaml").write_text("lora_r: 8\nlearning_rate: 2e-4\nnum_train_epochs: 3\n")
+    values = parse_train_arguments(["--config", str(tmp_path / "c.yaml"), "--lora-r", "16", "--use_cpu"])
+    config = TrainConfig.from_dict(values)
+    assert (config.lora_r, config.learning_rate, config.num_train_epochs) == (16, 2e-4, 3.0)
+    assert (config.lora_alpha, config.prompt, config.use_cpu) == (16, PROMPT, True)
+
+
+def test_the_recipe_is_the_tutorials():
+    options = TrainOptions()
+    assert (options.lora_r, options.lora_alpha, options.lora_dropout) == (64, 16, 0.05)
+    assert (options.learning_rate, options.num_train_epochs) == (1e-4, 2.0)
+    assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) == (4, 4)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lora_rank": 8}, "unknown option 'lora_rank'; did you mean 'lora_r'?"),
+        ({"lora_r": "many"}, "option 'lora_r' is 'many', needs a whole number"),
+        ({"lora_r": 8.5}, "option 'lora_r' is 8.5, needs a whole number"),
+        ({"lora_dropout": True}, "option 'lora_dropout' is True, needs a number"),
+        ({"overlong": "cut"}, "option 'overlong' is 'cut', needs 'drop' or 'error'"),
+        ({"lora_components": 3}, "option 'lora_components' is 3, needs a list"),
+    ],
+)
+def test_wrong_options(values, message):
+    with pytest.raises(InputError, match=message.replace("?", r"\?")):
+        typed_values(TrainOptions, values)
+
+
+def test_text_becomes_what_the_field_needs():
+    typed = typed_values(
+        TrainOptions,
+        {"lora_r": "8", "learning_rate": "1e-4", "logging_first_step": "false", "save_total_limit": "none",
+         "lora_components": "language,vision", "resume_from_checkpoint": "True"},
+    )  # fmt: skip
+    assert typed == {
+        "lora_r": 8, "learning_rate": 1e-4, "logging_first_step": False, "save_total_limit": None,
+        "lora_components": ["language", "vision"], "resume_from_checkpoint": "True",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("- a\n- b\n", "needs lines of the form 'name: value'"), ("a: [", "not a YAML file"), (None, "no such config")],
+)
+def test_bad_yaml(tmp_path, content, message):
+    path = tmp_path / "c.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        parse_train_arguments(["--config", str(path)])
+
+
+def test_a_word_that_is_no_flag():
+    with pytest.raises(InputError, match=r"unexpected argument 'data.json'"):
+        parse_train_arguments(["data.json"])
+
+
+def test_options_that_do_not_go_together():
+    from latexocr.train import TrainConfig
+
+    with pytest.raises(InputError, match="eval_strategy is 'steps', but there is no val_json"):
+        TrainConfig.from_dict({"eval_strategy": "steps", "use_cpu": True})
+    with pytest.raises(InputError, match="early_stopping_patience needs a val_json"):
+        TrainConfig.from_dict({"early_stopping_patience": 2, "use_cpu": True})
+    with pytest.raises(InputError, match="per_device_train_batch_size is 0, needs at least 1"):
+        TrainConfig.from_dict({"per_device_train_batch_size": 0, "use_cpu": True})
+
+
+def test_every_option_has_help():
+    table = option_table()
+    assert len(table) == len(TrainOptions.__dataclass_fields__) > 30
+    assert all(text for _, _, text in table)
+    assert "--lora_r  " in train_help()
+
+
+def test_resolved_configuration_can_be_loaded_again(tmp_path):
+    import yaml
+
+    from latexocr.train import TrainConfig
+
+    config = TrainConfig(lora_r=8, warmup_steps=5, use_cpu=True, train_json="t.json")
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.resolved()))
+    again = TrainConfig.from_dict(parse_train_arguments(["--config", str(tmp_path / "c.yaml")]))
+    assert (again.lora_r, again.warmup_steps, again.train_json) == (8, 5, "t.json")
+    assert again.resolved() == config.resolved()
+
+
+def test_help_answers_at_once():
+    """Half a second is promised; the best of three, because the machine may be busy."""
+    verbs = ("data2csv", "csv2json", "preview", "train", "evaluate", "score", "predict", "merge", "build")
+    for verb in verbs:
+        seconds = []
+        for _ in range(3):
+            started = time.perf_counter()
+            done = subprocess.run([sys.executable, "-m", "latexocr", verb, "--help"], capture_output=True, text=True)
+            seconds.append(time.perf_counter() - started)
+        assert done.returncode == 0 and "--" in done.stdout, done.stderr
+        assert min(seconds) < 0.5, (verb, seconds)

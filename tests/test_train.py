@@ -1,0 +1,219 @@
+"""Training on the CPU with real tiny models: invariants of the loss, checkpoints, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from conftest import MODEL_TYPES, SAMPLE, write_records
+
+from latexocr.errors import InputError
+from latexocr.modeling import add_lora, family_in, load_base, trainable_parameters
+from latexocr.records import read_records
+from latexocr.tracking import read_metrics
+from latexocr.train import load_preprocessor, train
+from latexocr.trainer import EpochSampler, share_of, spread, supervised_loss
+
+
+def losses(result, key: str = "loss") -> list[float]:
+    return [row[key] for row in read_metrics(result.adapter_dir.parent / "metrics.jsonl") if key in row]
+
+
+def test_loss_is_the_mean_over_supervised_tokens():
+    """Two rows, three supervised tokens: (0.5 + 1.0 + 1.5) / 3, whatever the micro-batch."""
+    vocabulary = 4
+    labels = torch.tensor([[-100, 1, 2], [-100, -100, 3]])
+    logits = torch.zeros(2, 2, vocabulary)
+    wanted = {(0, 0): (1, 0.5), (0, 1): (2, 1.0), (1, 1): (3, 1.5)}
+    for (row, column), (target, nll) in wanted.items():
+        # with one logit x and three zeros, -log softmax = nll gives x = log(3 / (exp(nll) - 1))
+        logits[row, column, target] = torch.log(3 / (torch.exp(torch.tensor(nll)) - 1))
+    assert supervised_loss(logits, labels, torch.tensor([0, 1]), 3).item() == pytest.approx(1.0)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_8x1_equals_1x8(model_type, tiny_models, config, tmp_path):
+    """Micro-batches of one accumulated eight times give the losses and gradients of one batch of eight."""
+    model = str(tiny_models[model_type])
+    shapes = {"8x1": (8, 1), "1x8": (1, 8), "2x4": (2, 4)}
+    results = {
+        name: train(
+            config(model_name_or_path=model, output_dir=str(tmp_path / name), per_device_train_batch_size=batch,
+                   gradient_accumulation_steps=accumulation)
+        )
+        for name, (batch, accumulation) in shapes.items()
+    }  # fmt: skip
+    for name in ("1x8", "2x4"):
+        assert losses(results[name]) == pytest.approx(losses(results["8x1"]), rel=1e-5)
+        assert losses(results[name], "grad_norm") == pytest.approx(losses(results["8x1"], "grad_norm"), rel=1e-4)
+
+
+def test_first_loss_equals_one_by_one_arithmetic(config, tmp_path):
+    """The logged loss of step one, from forward passes over single records and plain addition."""
+    options = config(max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=2)
+    logged = losses(train(options))[0]
+    folder, preprocessor = load_preprocessor(options)
+    model = load_base(folder, dtype=torch.float32).eval()
+    records = read_records(options.train_json)
+    order = list(EpochSampler(len(records), multiple=1, seed=options.seed))[:8]
+    total, tokens = 0.0, 0
+    for index in order:
+        sample = preprocessor(records[index])
+        batch = {key: value[None] for key, value in sample.items() if value.dim() == 1 and key != "labels"}
+        with torch.no_grad():
+            logits = model(
+                **batch, pixel_values=sample["pixel_values"], image_grid_thw=sample["image_grid_thw"]
+            ).logits[0]
+        for position, label in enumerate(sample["labels"].tolist()):
+            if label != -100:
+                total -= float(logits[position - 1].log_softmax(-1)[label])
+                tokens += 1
+    assert logged == pytest.approx(total / tokens, rel=1e-5)
+
+
+def test_resumed_equals_uninterrupted(config, records, tmp_path):
+    """Dropout on, evaluations on the way, a log line that spans the checkpoint: the same numbers to the last bit."""
+    options = dict(max_steps=6, save_strategy="steps", save_steps=2, eval_strategy="steps", eval_steps=2,
+                   val_json=str(records["val"]), lora_dropout=0.1, save_total_limit=None, logging_steps=3,
+                   logging_first_step=False, max_new_tokens=2)  # fmt: skip
+    whole = train(config(output_dir=str(tmp_path / "whole"), **options))
+    for step in (2, 4):
+        resumed = train(
+            config(
+                output_dir=str(tmp_path / "whole"),
+                resume_from_checkpoint=str(tmp_path / f"whole/checkpoint-{step}"),
+                **options,
+            )
+        )
+        assert losses(resumed) == losses(whole)
+        assert losses(resumed, "eval_loss") == losses(whole, "eval_loss")
+        assert [row["step"] for row in read_metrics(tmp_path / "whole/metrics.jsonl") if "loss" in row] == [3, 6]
+
+
+def test_every_checkpoint_holds_everything(config, records, tmp_path):
+    result = train(config(val_json=str(records["val"]), save_strategy="steps", save_steps=1, eval_strategy="steps",
+                          eval_steps=1, save_total_limit=None, eval_generate_samples=3))  # fmt: skip
+    run = tmp_path / "run"
+    for name in ("checkpoint-1", "checkpoint-2", "checkpoint-3", "adapter"):
+        found = {path.name for path in (run / name).iterdir()}
+        assert {"adapter_model.safetensors", "adapter_config.json", "processor_config.json", "tokenizer.json",
+                "chat_template.jinja", "latexocr.json"} <= found, name  # fmt: skip
+    contract = json.loads((run / "checkpoint-2/latexocr.json").read_text())
+    assert contract["training"]["step"] == 2 and contract["training"]["train_records"] == 24
+    assert contract["prompt"].startswith("Write the LaTeX")
+    assert {"eval_loss", "eval_exact_match", "eval_edit_distance", "eval_bleu"} <= set(result.metrics)
+    assert (run / "config.yaml").is_file()
+    evaluations = [row for row in read_metrics(run / "metrics.jsonl") if "eval_loss" in row]
+    assert result.metrics["eval_edit_distance"] == min(row["eval_edit_distance"] for row in evaluations)
+
+
+def test_loss_falls(config):
+    found = losses(train(config(max_steps=15, learning_rate=1e-2, lora_alpha=64)))
+    assert sum(found[-3:]) / 3 < 0.8 * found[0]
+
+
+def test_early_stopping(config, records):
+    """With a learning rate of zero nothing improves: two evaluations without progress end the run."""
+    result = train(config(val_json=str(records["val"]), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                          save_steps=1, max_steps=9, learning_rate=0.0, early_stopping_patience=2,
+                          eval_generate_samples=2))  # fmt: skip
+    assert len(losses(result)) == 3
+
+
+def test_announcement(config, records, capsys):
+    train(config(val_json=str(records["val"]), max_steps=1))
+    printed = capsys.readouterr().out
+    assert "trainable   49,152 (" in printed  # see test_lora_lands_on_the_language_model
+    assert "language 49,152 in 21 layers" in printed
+    assert "train       24 records, 0 dropped" in printed and "validation  7 records" in printed
+    assert "steps       1 of 8 records (2 a device x 4 accumulated x 1 ranks), 3 an epoch" in printed
+    assert "<|im_start|>assistant\n⟦" in printed
+
+
+def test_lora_lands_on_the_language_model(tiny):
+    """3 layers x 7 linear layers; r 8 x (inputs + outputs) of each: q, o 128+128, k, v 128+64, MLP 128+256."""
+    model = add_lora(
+        load_base(tiny, dtype=torch.float32), family_in(tiny), components=["language"], r=8, alpha=16, dropout=0.0
+    )
+    assert trainable_parameters(model) == {"language": (8 * 3 * (2 * 256 + 2 * 192 + 3 * 384), 21)}
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_lora_components(model_type, tiny_models):
+    """Two vision blocks and the mergers, counted: never the Conv3d patch embedding, never the head."""
+    folder = tiny_models[model_type]
+    modules = {"qwen2_vl": (8, 2), "qwen2_5_vl": (10, 2), "qwen3_vl": (8, 4)}[model_type]
+    model = add_lora(load_base(folder, dtype=torch.float32), family_in(folder), components=["vision", "merger"],
+                     r=2, alpha=2, dropout=0.0)  # fmt: skip
+    found = {part: count for part, (_, count) in trainable_parameters(model).items()}
+    assert found == {"vision": modules[0], "merger": modules[1]}
+
+
+def test_epoch_sampler_covers_each_sample_once_and_pads_with_masked():
+    sampler = EpochSampler(5, multiple=4, seed=0)
+    first = list(sampler)
+    assert len(sampler) == len(first) == 8 and sorted(first) == [-1, -1, -1, 0, 1, 2, 3, 4] and first[5:] == [-1] * 3
+    sampler.epoch = 1
+    assert sorted(sampler) == sorted(first) and list(sampler) != first
+    assert len(EpochSampler(5, multiple=1, seed=0)) == 5
+
+
+def test_shares_cover_every_row_once():
+    rows = spread(100, 7)
+    assert rows == [0, 14, 28, 42, 57, 71, 85] and spread(3, 7) == [0, 1, 2] and spread(3, 0) == []
+    shares = [share_of(rows, rank, 3) for rank in range(3)]
+    assert shares == [[0, 42, 85], [14, 57, -1], [28, 71, -1]]
+
+
+def test_tensorboard_by_option(config, tmp_path):
+    train(config(report_to="tensorboard", max_steps=1))
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+def test_fixed_images_are_an_option(config):
+    result = train(config(image_mode="fixed", max_steps=1))
+    assert json.loads((result.adapter_dir / "latexocr.json").read_text())["image_policy"]["mode"] == "fixed"
+
+
+def test_bad_training_input(config, tmp_path):
+    empty = write_records(tmp_path / "empty.json", [])
+    with pytest.raises(InputError, match=r"empty\.json: holds no records"):
+        train(config(train_json=str(empty)))
+    with pytest.raises(InputError, match="train_json is not set"):
+        train(config(train_json=None))
+    with pytest.raises(InputError, match="nothing is left to use"):
+        train(config(max_length=20))
+    with pytest.raises(InputError, match=r"lora_components: 'langauge' is none of .*did you mean 'language'"):
+        train(config(lora_components=["langauge"]))
+    with pytest.raises(InputError, match="no checkpoint to resume from"):
+        train(config(resume_from_checkpoint="true", output_dir=str(tmp_path / "never")))
+    broken = write_records(tmp_path / "broken.json", [(str(SAMPLE / "images/000000.png"), "x"), ("none.png", "y")])
+    with pytest.raises(InputError, match=r"broken\.json record 1 \(none\.png\): no such image file"):
+        train(config(train_json=str(broken)))
+    assert not (tmp_path / "never").exists() and not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_two_runs_are_never_mixed(config, tmp_path):
+    train(config(max_steps=1))
+    with pytest.raises(InputError, match="holds an earlier run"):
+        train(config(max_steps=1))
+    train(config(max_steps=2, overwrite_output_dir=True))
+    assert [row["step"] for row in read_metrics(tmp_path / "run/metrics.jsonl") if "loss" in row] == [1, 2]
+
+
+def test_an_output_folder_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot be written"):
+        train(config(output_dir=str(tmp_path / "file" / "run")))
+
+
+def test_unknown_model_type(config, tiny, tmp_path):
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    values = json.loads((tiny / "config.json").read_text())
+    (strange / "config.json").write_text(json.dumps({**values, "model_type": "qwen2_vll"}))
+    with pytest.raises(InputError, match=r"unknown model type 'qwen2_vll'; did you mean 'qwen2_vl'\?"):
+        train(config(model_name_or_path=str(strange)))
+    with pytest.raises(InputError, match="no such folder, and not a hub id"):
+        train(config(model_name_or_path="nowhere"))
