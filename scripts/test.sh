@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# All tests: bash scripts/test.sh [pytest arguments]. Installs what they need into .venv first.
+# `bash scripts/test.sh -m "not slow"` runs the quick ones.
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
+prepare_environment dev
+cd "$ROOT"
+command -v chromium >/dev/null 2>&1 || [ -n "${CHROMIUM:-}" ] ||
+    echo "no chromium found: the dashboard's browser tests will be skipped (on Debian: apt-get install chromium)"
+"$VENV/bin/ruff" check --quiet .
+"$VENV/bin/ruff" format --check --quiet .
+exec "$VENV/bin/python" -m pytest "$@"

@@ -1,0 +1,88 @@
+"""Two real gloo ranks on the CPU against one process: same losses, same validation, one tracked run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from latexocr.tracking import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def launch(ranks: int, batch: int, tiny, records, output: Path, *extra: str) -> None:
+    arguments = [
+        str(ROOT / "scripts/train.py"), "--model_name_or_path", str(tiny), "--train_json", str(records["train"]),
+        "--val_json", str(records["val"]), "--output_dir", str(output), "--use_cpu", "--num_train_epochs", "2",
+        "--per_device_train_batch_size", str(batch), "--gradient_accumulation_steps", "2", "--logging_steps", "1",
+        "--lora_dropout", "0", "--learning_rate", "1e-3", "--dataloader_num_workers", "0", "--max_new_tokens", "8",
+        "--per_device_eval_batch_size", "2", "--swanlab_mode", "offline", *extra,
+    ]  # fmt: skip
+    start = (
+        [sys.executable]
+        if ranks == 1
+        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    )
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*start, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("trainable   ") == 1  # only the main process speaks
+
+
+def test_two_ranks_equal_one_process(tiny, records, tmp_path):
+    """24 records in steps of 10 (one rank of 10, two of 5) do not divide: no sample twice, none lost."""  # noqa: E501
+    launch(1, 10, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1")
+    launch(2, 5, tiny, records, tmp_path / "two", "--gradient_accumulation_steps", "1")
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_edit_distance", "eval_exact_match"):
+        found = {name: [row[key] for row in rows if key in row] for name, rows in (("one", one), ("two", two))}
+        assert len(found["one"]) == (2 if key.startswith("eval") else 6), key
+        assert found["two"] == pytest.approx(found["one"], rel=2e-5), key
+    for name in ("one", "two"):
+        contract = json.loads((tmp_path / name / "adapter/latexocr.json").read_text())
+        assert contract["training"]["last_evaluation"]["eval_num_rows"] == 7
+        assert len(list((tmp_path / name / "swanlog").glob("run-*"))) == 1
+
+
+def test_accumulation_on_two_ranks(tiny, records, tmp_path):
+    """2 ranks x 2 records x 2 micro-batches are one process's 8 records; 7 validation rows on 2 ranks."""
+    launch(1, 8, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1", "--eval_generate_samples", "5")
+    launch(2, 2, tiny, records, tmp_path / "two", "--eval_generate_samples", "5")
+    losses = {
+        name: [row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+        for name in ("one", "two")
+    }
+    assert len(losses["one"]) == 6
+    assert losses["two"] == pytest.approx(losses["one"], rel=2e-5)
+
+
+def test_two_ranks_stop_together(tiny, records, tmp_path):
+    """SIGTERM to one rank only: both leave after the same step, with one checkpoint."""
+    import signal
+    import time
+
+    from latexocr.tracking import METRICS_FILE
+
+    arguments = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "scripts/train.py"),
+        "--model_name_or_path", str(tiny), "--train_json", str(records["train"]), "--output_dir", str(tmp_path),
+        "--use_cpu", "--max_steps", "500", "--logging_steps", "1", "--dataloader_num_workers", "0", "--swanlab_mode", "disabled",
+        "--save_strategy", "no",
+    ]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / METRICS_FILE).is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    os.kill(int(children[-1]), signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert len(list(tmp_path.glob("checkpoint-*"))) == 1
+    (checkpoint,) = tmp_path.glob("checkpoint-*")
+    assert (checkpoint / "latexocr.json").is_file() and (checkpoint / "rng_state_1.pth").is_file()

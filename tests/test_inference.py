@@ -1,0 +1,236 @@
+"""predict, evaluate, score, merge, preview and build with a really trained tiny adapter."""
+
+from __future__ import annotations
+
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import MODEL_TYPES, SAMPLE
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from latexocr.build import build
+from latexocr.cli import main
+from latexocr.contract import Contract, fingerprint
+from latexocr.errors import InputError
+from latexocr.evaluate import evaluate, score_file
+from latexocr.merge import MergeMismatch, merge
+from latexocr.predict import LatexOCR
+from latexocr.preview import preview
+from latexocr.train import TrainConfig, train
+
+IMAGES = [str(SAMPLE / f"images/{number:06}.png") for number in (1, 7, 20, 33, 45)]
+
+
+@pytest.fixture(scope="module")
+def adapters(tiny_models, records, tmp_path_factory):
+    """An adapter for each family, trained for a few steps with a large learning rate so that it matters."""
+    folders = {}
+    for model_type, folder in tiny_models.items():
+        output = tmp_path_factory.mktemp("trained") / model_type
+        folders[model_type] = train(
+            TrainConfig(
+                model_name_or_path=str(folder), train_json=str(records["train"]), output_dir=str(output), use_cpu=True,
+                max_steps=4, learning_rate=2e-2, lora_alpha=64, logging_steps=1, dataloader_num_workers=0,
+                swanlab_mode="disabled", disable_tqdm=True, lora_components=["language", "vision", "merger"],
+            )
+        ).adapter_dir  # fmt: skip
+    return folders
+
+
+@pytest.fixture(scope="module")
+def adapter(adapters):
+    return adapters["qwen2_vl"]
+
+
+@pytest.fixture(scope="module")
+def ocr(adapter):
+    return LatexOCR.from_pretrained(adapter, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tiny):
+    """Random weights: answers that do not end."""
+    return LatexOCR.from_pretrained(tiny, device="cpu")
+
+
+def test_a_batch_reads_as_its_images_do_alone(ocr, base):
+    for reader in (ocr, base):
+        together = reader(IMAGES, max_new_tokens=12)
+        assert together == [reader(image, max_new_tokens=12) for image in IMAGES]
+        assert together == reader(IMAGES, max_new_tokens=12, batch_size=2)
+
+
+def test_every_kind_of_image(ocr):
+    data = (SAMPLE / "images/000001.png").read_bytes()
+    image = Image.open(io.BytesIO(data))
+    texts = ocr([IMAGES[0], data, image, np.asarray(image)], max_new_tokens=8)
+    assert len(set(texts)) == 1
+
+
+def test_stream_joins_to_the_answer(base):
+    pieces = list(base.stream(IMAGES[0], max_new_tokens=12))
+    assert "".join(pieces) == base(IMAGES[0], max_new_tokens=12) and len(pieces) > 1
+
+
+def test_runaways_are_told_apart(ocr, base):
+    (endless,) = base.generate(IMAGES[:1], max_new_tokens=12)
+    assert endless.num_tokens == 12 and not endless.finished
+    (ended,) = ocr.generate(IMAGES[:1], max_new_tokens=12)
+    assert ended.num_tokens < 12 and ended.finished
+
+
+def test_sampling_is_an_option(ocr):
+    torch.manual_seed(0)
+    texts = {ocr(IMAGES[0], max_new_tokens=12, temperature=1.5, min_p=0.01) for _ in range(5)}
+    assert len(texts) > 1
+    with pytest.raises(InputError, match="sampling options must be above 0"):
+        ocr(IMAGES[0], temperature=0.0)
+
+
+def test_a_bad_image_is_named(ocr):
+    with pytest.raises(InputError, match=r"nowhere\.png: no such image file"):
+        ocr("nowhere.png")
+
+
+def test_adapter_folder_and_base_with_adapter_are_the_same(ocr, adapter, tiny):
+    other = LatexOCR.from_pretrained(tiny, adapter=adapter, device="cpu")
+    assert other(IMAGES, max_new_tokens=8) == ocr(IMAGES, max_new_tokens=8)
+    assert other.preprocessor.policy == ocr.preprocessor.policy == ocr.contract.image_policy
+
+
+def test_an_adapter_for_another_base(adapters, tiny_models, adapter, tmp_path):
+    with pytest.raises(InputError, match=r"trained on another base model \(.*qwen2_vl"):
+        LatexOCR.from_pretrained(tiny_models["qwen3_vl"], adapter=adapter, device="cpu")
+    build(tmp_path / "other", corpus=SAMPLE / "metadata.jsonl", seed=1)
+    with pytest.raises(InputError, match="trained on another base model"):
+        LatexOCR.from_pretrained(tmp_path / "other", adapter=adapter, device="cpu")
+
+
+def test_an_adapter_whose_keys_do_not_match(adapter, tiny, tmp_path):
+    """Stock peft loads this as nothing and says nothing."""
+    broken = shutil.copytree(adapter, tmp_path / "broken")
+    tensors = load_file(broken / "adapter_model.safetensors")
+    renamed = {name.replace("language_model", "text_model"): tensor for name, tensor in tensors.items()}
+    save_file(renamed, broken / "adapter_model.safetensors")
+    with pytest.raises(InputError, match="tensors do not fit"):
+        LatexOCR.from_pretrained(tiny, adapter=broken, device="cpu")
+
+
+def test_folders_that_are_no_checkpoint(tmp_path, tiny):
+    with pytest.raises(InputError, match=r"no config\.json, so not a model checkpoint"):
+        LatexOCR.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(InputError, match="so not an adapter folder"):
+        LatexOCR.from_pretrained(tiny, adapter=tmp_path, device="cpu")
+
+
+def test_evaluate_and_score_agree(adapter, records, tmp_path):
+    result = evaluate(str(adapter), records["val"], tmp_path / "ev", device="cpu", max_new_tokens=8)
+    rows = [json.loads(line) for line in (tmp_path / "ev/predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 7 == result.metrics["num_rows"]
+    assert {"id", "image_path", "reference", "prediction", "num_tokens", "finished"} == set(rows[0])
+    assert json.loads((tmp_path / "ev/metrics.json").read_text()) == result.metrics
+    assert score_file(tmp_path / "ev/predictions.jsonl").metrics == result.metrics
+
+
+def test_score_of_a_written_file(tmp_path):
+    rows = [("x", "x"), ("x ^ 2", "x^{2}"), ("a", "b"), ("a b", "a b")]
+    lines = [json.dumps({"id": i, "reference": ref, "prediction": pred}) for i, (pred, ref) in enumerate(rows)]
+    (tmp_path / "p.jsonl").write_text("\n".join(lines))
+    metrics = score_file(tmp_path / "p.jsonl", output_dir=tmp_path / "out").metrics
+    assert metrics["exact_match"] == 0.75 and metrics["num_rows"] == 4
+    assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such predictions file"),
+        ("", "holds no predictions"),
+        ("{", "line 1: malformed JSON"),
+        ('{"id": 1, "reference": "x"}', "line 1: needs an object with text under 'prediction'"),
+        ("[]", "needs an object with text under 'reference' and 'prediction'"),
+    ],
+)
+def test_bad_prediction_files(tmp_path, content, message):
+    path = tmp_path / "p.jsonl"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(InputError, match=message):
+        score_file(path)
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_merged_equals_adapter(model_type, adapters, tmp_path):
+    adapter = adapters[model_type]
+    result = merge(adapter, tmp_path / "merged", device="cpu")
+    assert result.merged_difference < 1e-4 and result.stored_difference < 1e-4 and result.dtype == "float32"
+    merged, ocr = (LatexOCR.from_pretrained(path, device="cpu") for path in (tmp_path / "merged", adapter))
+    assert merged(IMAGES, max_new_tokens=12) == ocr(IMAGES, max_new_tokens=12)
+    base = LatexOCR.from_pretrained(ocr.contract.base_model, device="cpu")
+    assert base(IMAGES, max_new_tokens=12) != ocr(IMAGES, max_new_tokens=12)  # the adapter does something
+    assert merged.contract.prompt == ocr.contract.prompt
+
+
+def test_merged_weights_have_the_hubs_names(adapter, tiny, tmp_path):
+    merge(adapter, tmp_path / "merged", device="cpu", dtype="bfloat16")
+    merged, base = load_file(tmp_path / "merged/model.safetensors"), load_file(tiny / "model.safetensors")
+    assert merged.keys() == base.keys()
+    assert "model.layers.0.self_attn.q_proj.weight" in merged and "visual.blocks.0.attn.qkv.weight" in merged
+    assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
+
+
+def test_a_merge_that_does_not_match_leaves_nothing(adapter, tmp_path, monkeypatch):
+    monkeypatch.setattr("latexocr.merge.ROUNDED_TOLERANCE", 0.0)
+    with pytest.raises(MergeMismatch, match="differs from base \\+ adapter"):
+        merge(adapter, tmp_path / "merged", device="cpu", dtype="bfloat16")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_merge_refuses_a_folder_in_use(adapter, tmp_path):
+    (tmp_path / "precious.txt").touch()
+    with pytest.raises(InputError, match="already there and not empty"):
+        merge(adapter, tmp_path)
+
+
+def test_preview_prints_the_span_and_saves_the_picture(records, tiny, tmp_path):
+    text = preview(records["val"], str(tiny), n=2, output_dir=tmp_path)
+    assert text.count("⟦") == text.count("⟧") == 2 and "<|im_end|>⟧" in text
+    with Image.open(tmp_path / "identity_1.png") as picture:
+        assert picture.width % 28 == picture.height % 28 == 0
+
+
+def test_predict_prints_one_line_an_image(adapter, capsys):
+    assert main(["predict", "--model", str(adapter), *IMAGES[:2], "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    assert len(capsys.readouterr().out.rstrip("\n").split("\n")) == 2
+    assert main(["predict", "--model", str(adapter), IMAGES[0], "--max-new-tokens", "4", "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["image_path"] == IMAGES[0] and row["num_tokens"] <= 4
+    assert main(["predict", "--model", str(adapter), IMAGES[0], "--max-new-tokens", "4", "--stream"]) == 0
+    assert capsys.readouterr().out == row["prediction"] + "\n"
+
+
+def test_the_contract_survives(adapter, tmp_path):
+    contract = Contract.load(adapter)
+    contract.save(tmp_path)
+    assert Contract.load(tmp_path) == contract and Contract.load(tmp_path / "none") is None
+    assert contract.base_fingerprint == fingerprint(Path(contract.base_model))
+    (tmp_path / "latexocr.json").write_text("{}")
+    with pytest.raises(InputError, match="not a latexocr contract"):
+        Contract.load(tmp_path)
+
+
+def test_build_refuses_what_it_cannot(tmp_path):
+    with pytest.raises(InputError, match="no shape for qwen9 in size tiny; known: qwen2_vl"):
+        build(tmp_path / "m", corpus=SAMPLE / "metadata.jsonl", model_type="qwen9")
+    with pytest.raises(InputError, match="no such file of formulas"):
+        build(tmp_path / "m", corpus=tmp_path / "none.txt")
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used/file").touch()
+    with pytest.raises(InputError, match="not empty"):
+        build(tmp_path / "used", corpus=SAMPLE / "metadata.jsonl")

@@ -1,0 +1,84 @@
+"""SIGTERM and Ctrl-C on the real command: a checkpoint, no traceback, and the losses of an uninterrupted run."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from latexocr.tracking import read_metrics
+
+pytestmark = pytest.mark.slow
+
+
+def command(tiny, records, output, *extra: str) -> list[str]:
+    return [
+        sys.executable, "-m", "latexocr", "train", "--model_name_or_path", str(tiny), "--train_json",
+        str(records["train"]), "--output_dir", str(output), "--use_cpu", "--max_steps", "24",
+        "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--logging_steps", "1",
+        "--lora_dropout", "0.1", "--dataloader_num_workers", "1", "--swanlab_mode", "disabled", "--save_strategy", "no", *extra,
+    ]  # fmt: skip
+
+
+def run_until(step: int, arguments: list[str], output) -> subprocess.Popen:
+    """Start training and return once it has logged `step`."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        if (output / "metrics.jsonl").is_file() and len(read_metrics(output / "metrics.jsonl")) >= step:
+            return process
+        time.sleep(0.005)
+    process.kill()
+    raise AssertionError(process.communicate()[1])
+
+
+def steps_and_losses(output) -> list[tuple[float, float]]:
+    return [(row["step"], row["loss"]) for row in read_metrics(output / "metrics.jsonl") if "loss" in row]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_leaves_a_checkpoint_that_continues(number, status, tiny, records, tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(tiny, records, whole), check=True, capture_output=True, env=environment)
+    process = run_until(3, command(tiny, records, parts), parts)
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in err, err
+    assert f"stopped by signal {int(number)}" in out and "--resume_from_checkpoint true" in out
+    (checkpoint,) = parts.glob("checkpoint-*")
+    assert {"adapter_model.safetensors", "latexocr.json", "optimizer.pt", "trainer_state.json"} <= {
+        path.name for path in checkpoint.iterdir()
+    }
+    stopped_at = int(checkpoint.name.split("-")[1])
+    assert 3 <= stopped_at < 24 and not (parts / "adapter").exists()
+    resumed = command(tiny, records, parts, "--resume_from_checkpoint", "true")
+    subprocess.run(resumed, check=True, capture_output=True, env=environment)
+    assert steps_and_losses(parts) == steps_and_losses(whole)
+    assert (parts / "adapter/latexocr.json").is_file()
+
+
+def test_a_signal_during_validation(tiny, records, tmp_path):
+    """Validation can be long: the checkpoint is written at once, not after it."""
+    arguments = command(tiny, records, tmp_path, "--val_json", str(records["train"]), "--eval_strategy", "steps",
+                        "--eval_steps", "2", "--per_device_eval_batch_size", "1", "--max_new_tokens", "512",
+                        "--eval_generate_samples", "24")  # fmt: skip
+    process = run_until(2, arguments, tmp_path)
+    time.sleep(1.0)  # inside the first validation, which takes tens of seconds
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err, err
+    assert (tmp_path / "checkpoint-2/latexocr.json").is_file()
+
+
+def test_metrics_survive_a_kill(tiny, records, tmp_path):
+    process = run_until(4, command(tiny, records, tmp_path), tmp_path)
+    process.kill()
+    process.communicate()
+    steps = [step for step, _ in steps_and_losses(tmp_path)]
+    assert steps == list(range(1, len(steps) + 1)) and len(steps) >= 4
