@@ -27,6 +27,8 @@ prepare_environment() {
         echo "making $VENV with $("$python" --version)"
         "$python" -m venv "$VENV" || die "$python -m venv failed; on Debian or Ubuntu: apt-get install python3-venv"
     fi
+    # a virtual environment made by uv has no pip
+    "$VENV/bin/python" -m pip --version >/dev/null 2>&1 || "$VENV/bin/python" -m ensurepip --upgrade >/dev/null
     echo "installing latexocr[$extras] and what it needs (a few minutes at most) ..."
     "$VENV/bin/python" -m pip install --quiet uv 2>/dev/null || echo "uv is not to be had, using pip"
     if ! { [ -x "$VENV/bin/uv" ] && "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" -e "$ROOT[$extras]"; }; then

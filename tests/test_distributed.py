@@ -36,7 +36,7 @@ def launch(ranks: int, batch: int, tiny, records, output: Path, *extra: str) -> 
 
 
 def test_two_ranks_equal_one_process(tiny, records, tmp_path):
-    """24 records in steps of 10 (one rank of 10, two of 5) do not divide: no sample twice, none lost."""  # noqa: E501
+    """24 records in steps of 10 (one rank of 10, two of 5) do not divide: no sample twice, none lost."""
     launch(1, 10, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1")
     launch(2, 5, tiny, records, tmp_path / "two", "--gradient_accumulation_steps", "1")
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
@@ -72,8 +72,8 @@ def test_two_ranks_stop_together(tiny, records, tmp_path):
     arguments = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "scripts/train.py"),
         "--model_name_or_path", str(tiny), "--train_json", str(records["train"]), "--output_dir", str(tmp_path),
-        "--use_cpu", "--max_steps", "500", "--logging_steps", "1", "--dataloader_num_workers", "0", "--swanlab_mode", "disabled",
-        "--save_strategy", "no",
+        "--use_cpu", "--max_steps", "500", "--logging_steps", "1", "--dataloader_num_workers", "0",
+        "--swanlab_mode", "disabled", "--save_strategy", "no",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)

@@ -20,7 +20,8 @@ def command(tiny, records, output, *extra: str) -> list[str]:
         sys.executable, "-m", "latexocr", "train", "--model_name_or_path", str(tiny), "--train_json",
         str(records["train"]), "--output_dir", str(output), "--use_cpu", "--max_steps", "24",
         "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "1", "--logging_steps", "1",
-        "--lora_dropout", "0.1", "--dataloader_num_workers", "1", "--swanlab_mode", "disabled", "--save_strategy", "no", *extra,
+        "--lora_dropout", "0.1", "--dataloader_num_workers", "1", "--swanlab_mode", "disabled",
+        "--save_strategy", "no", *extra,
     ]  # fmt: skip
 
 
