@@ -15,12 +15,18 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from latexocr import __version__
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
 
 FILE_NAME = "latexocr.json"
 FORMAT = 1
-VERSIONED = ("latexocr", "torch", "transformers", "peft", "accelerate")
+VERSIONED = ("torch", "transformers", "peft", "accelerate")
+
+
+def _versions() -> dict[str, str]:
+    """Versions of this package (also when it runs from a checkout that is not installed) and of what it stands on."""
+    return {"latexocr": __version__, **{package: importlib.metadata.version(package) for package in VERSIONED}}
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Contract:
     image_policy: ImagePolicy
     end_token: str
     training: dict[str, Any] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=lambda: {p: importlib.metadata.version(p) for p in VERSIONED})
+    versions: dict[str, str] = field(default_factory=_versions)
 
     def save(self, folder: Path) -> None:
         """Write `latexocr.json` into `folder`, whole or not at all."""
