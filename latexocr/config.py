@@ -85,6 +85,9 @@ class TrainOptions:
     resume_from_checkpoint: str | None = option(None, "checkpoint folder, or true for the last one in output_dir")
 
 
+OUR_NAMES = tuple(item.name for item in fields(TrainOptions))
+
+
 def train_help() -> str:
     """The text of `latexocr train --help`."""
     lines = [
@@ -168,7 +171,9 @@ def typed_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     typed = {}
     for name, value in values.items():
         if name not in known:
-            raise InputError(f"unknown option {name!r}{nearest(str(name), known)} (latexocr train --help lists all)")
+            # ours first: lora_rank means lora_r, although Trainer's local_rank is spelt more alike
+            hint = nearest(str(name), OUR_NAMES, cutoff=0.75) or nearest(str(name), known)
+            raise InputError(f"unknown option {name!r}{hint} (latexocr train --help lists all)")
         typed[name] = _convert(name, value, hints[name])
     return typed
 

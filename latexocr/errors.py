@@ -14,11 +14,11 @@ class InputError(ValueError):
     """
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
+def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:
     """`; did you mean 'lora_r'?` for a name close to a known one, else an empty string.
 
     >>> nearest("lora_rank", ["lora_r", "output_dir"])
     "; did you mean 'lora_r'?"
     """
-    found = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
     return f"; did you mean {found[0]!r}?" if found else ""

@@ -69,8 +69,6 @@ def evaluate(
     from latexocr.records import read_records
 
     records = read_records(data)[:max_samples]
-    if not records:
-        raise InputError(f"{data}: holds no records to evaluate")
     for record in records:  # a broken image is found before an hour of generation, not after
         image_size(record.image_path, record.where)
     _make_folder(output_dir)

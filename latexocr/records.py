@@ -25,7 +25,7 @@ def read_records(path: str | Path) -> list[Record]:
     Relative image paths are taken from the file's own folder, so the folder can be moved.
 
     Raises:
-        InputError: no such file, malformed JSON, or a record of another shape; the record's index is named.
+        InputError: no such file, malformed JSON, no record at all, or one of another shape; its index is named.
     """
     path = Path(path)
     if not path.is_file():
@@ -44,6 +44,8 @@ def read_records(path: str | Path) -> list[Record]:
         raise InputError(f"{path}: malformed JSON at line {error.lineno}: {error.msg}") from error
     if not isinstance(rows, list):
         raise InputError(f"{path}: needs a list of records, holds {type(rows).__name__}")
+    if not rows:
+        raise InputError(f"{path}: holds no records; check the input and --val-size of csv2json")
     return [_record(row, index, path) for index, row in enumerate(rows)]
 
 

@@ -24,7 +24,7 @@ from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from latexocr.collate import FormulaCollator
-from latexocr.config import TrainOptions, typed_values
+from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
@@ -118,7 +118,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
 
     def resolved(self) -> dict[str, Any]:
         """All our fields, and the Trainer fields that differ from their defaults: what `config.yaml` holds."""
-        ours = {item.name for item in fields(TrainOptions)}
         values = self.to_dict()
         kept = {}
         for item in fields(self):
@@ -126,7 +125,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             default = item.default if item.default is not MISSING else None
             if item.name in NEVER_SAVED or not isinstance(value, bool | int | float | str | list | type(None)):
                 continue
-            if item.name in ours or value != getattr(default, "value", default):
+            if item.name in OUR_NAMES or value != getattr(default, "value", default):
                 kept[item.name] = value
         return kept
 
@@ -298,10 +297,7 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:
-    records = read_records(path)
-    if not records:
-        raise InputError(f"{path}: holds no records; check the input of csv2json")
-    return select(records, preprocessor, max_length=config.max_length, overlong=config.overlong)
+    return select(read_records(path), preprocessor, max_length=config.max_length, overlong=config.overlong)
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
