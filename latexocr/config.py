@@ -60,7 +60,7 @@ class TrainOptions:
     per_device_train_batch_size: int = option(4, "samples a device and micro-batch")
     gradient_accumulation_steps: int = option(4, "micro-batches a step")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
-    dtype: Literal["auto", "bfloat16", "float32"] = option("auto", "auto: bfloat16 where the GPU has it")
+    bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
 
@@ -73,6 +73,9 @@ class TrainOptions:
     max_new_tokens: int = option(512, "longest generated answer in tokens")
     metric_for_best_model: str | None = option(
         None, "what picks the best checkpoint (default: eval_edit_distance, or eval_loss without generation)"
+    )
+    load_best_model_at_end: bool | None = option(
+        None, "adapter/ is the best checkpoint, not the last (default: true where each one is evaluated)"
     )
     early_stopping_patience: int | None = option(None, "stop after this many evaluations without improvement")
 

@@ -67,24 +67,20 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.greater_is_better = not self.metric_for_best_model.endswith(
                 ("loss", "distance", "rate", "distance_chars")
             )
-        evaluates = str(getattr(self.eval_strategy, "value", self.eval_strategy)) != "no"
-        # The best checkpoint can be picked only where each checkpoint has been evaluated.
-        self.load_best_model_at_end = (
-            evaluates
-            and str(self.save_strategy) in ("epoch", "steps", "best")
-            and (self.save_strategy == self.eval_strategy or self.save_strategy == "best")
-        )
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.eval_strategy != "no" and self.save_strategy in (
+                self.eval_strategy,
+                "best",
+            )
         if self.dataloader_num_workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self.dataloader_num_workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks))
         self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter takes part in every step
-        wants_bfloat16 = self.dtype == "bfloat16" or (
-            self.dtype == "auto" and not self.use_cpu and not self.fp16 and torch.cuda.is_available()
-            and default_dtype("cuda") == torch.bfloat16
-        )  # fmt: skip
-        self.bf16 = self.bf16 or wants_bfloat16
+        if self.bf16 is None:
+            on_gpu = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
+            self.bf16 = on_gpu and default_dtype("cuda") == torch.bfloat16
         super().__post_init__()
         if self.n_gpu > 1:
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")

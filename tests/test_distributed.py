@@ -50,8 +50,9 @@ def test_two_ranks_equal_one_process(tiny, records, tmp_path):
         assert len(list((tmp_path / name / "swanlog").glob("run-*"))) == 1
 
 
-def test_accumulation_on_two_ranks(tiny, records, tmp_path):
-    """2 ranks x 2 records x 2 micro-batches are one process's 8 records; 7 validation rows on 2 ranks."""
+def test_accumulation_on_two_ranks(tiny_models, records, tmp_path):
+    """2 ranks x 2 records x 2 micro-batches are one process's 8 records; 5 generated rows on 2 ranks. Qwen2.5-VL."""
+    tiny = tiny_models["qwen2_5_vl"]
     launch(1, 8, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1", "--eval_generate_samples", "5")
     launch(2, 2, tiny, records, tmp_path / "two", "--eval_generate_samples", "5")
     losses = {
