@@ -9,6 +9,7 @@ setup(
     name="latexocr",
     version="0.1.0",
     description="Fine-tune vision-language models to read images of formulas as LaTeX",
+    license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["latexocr", "latexocr.*"]),
     install_requires=[

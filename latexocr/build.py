@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from latexocr.errors import InputError
 
+BUNDLED_CORPUS = Path(__file__).resolve().parent.parent / "data" / "sample" / "metadata.jsonl"
 # Special tokens and conversation format of Qwen's chat models.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -75,7 +76,7 @@ SHAPES: dict[str, dict[str, tuple[dict, dict]]] = {
 def build(
     output: Path,
     *,
-    corpus: Path,
+    corpus: Path | None = None,
     model_type: str = "qwen2_vl",
     size: Literal["tiny", "2b"] = "tiny",
     dtype: Literal["float32", "bfloat16"] = "float32",
@@ -85,7 +86,8 @@ def build(
 
     Args:
         output: folder to write; must be new or empty.
-        corpus: formulas that the byte-level BPE tokenizer is trained on (data.csv, metadata.jsonl or one a line).
+        corpus: formulas that the byte-level BPE tokenizer is trained on (data.csv, metadata.jsonl or one a
+            line; the checkout's bundled sample when left out).
         model_type: architecture: qwen2_vl, qwen2_5_vl or qwen3_vl.
         size: tiny (under a million parameters, for the CPU) or 2b (the full shape of Qwen2-VL-2B).
         dtype: type of the stored weights.
@@ -97,12 +99,14 @@ def build(
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText, set_seed
 
+    from latexocr.modeling import no_progress_bars
+
     if model_type not in SHAPES or size not in SHAPES[model_type]:
         known = ", ".join(f"{kind} ({', '.join(sizes)})" for kind, sizes in SHAPES.items())
         raise InputError(f"no shape for {model_type} in size {size}; known: {known}")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: not empty; choose a new folder")
-    tokenizer = build_tokenizer(read_corpus(corpus))
+    tokenizer = build_tokenizer(read_corpus(corpus or BUNDLED_CORPUS))
     text, vision = SHAPES[model_type][size]
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = AutoConfig.for_model(
@@ -120,7 +124,8 @@ def build(
     device = "cuda" if size != "tiny" and torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
-    model.save_pretrained(output, save_original_format=True)
+    with no_progress_bars():
+        model.save_pretrained(output, save_original_format=True)
     build_processor(model_type, tokenizer, vision.get("patch_size", 14)).save_pretrained(output)
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     return f"{output}: {model_type} ({size}), {millions:,.1f} million random weights, {len(tokenizer):,} tokens"
@@ -168,7 +173,7 @@ def build_processor(model_type: str, tokenizer: Any, patch_size: int) -> Any:
 def read_corpus(path: Path) -> list[str]:
     """Texts from data.csv (column text), metadata.jsonl (key text) or a file with one formula a line."""
     if not path.is_file():
-        raise InputError(f"{path}: no such file of formulas")
+        raise InputError(f"{path}: no such file of formulas; give one with --corpus")
     with path.open(encoding="utf-8", newline="") as file:
         if path.suffix == ".csv":
             texts = [row.get("text", "") for row in csv.DictReader(file)]

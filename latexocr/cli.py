@@ -18,8 +18,9 @@ import typing
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
-from latexocr.errors import InputError, nearest
+from latexocr.errors import InputError, MergeMismatch, nearest
 
 # verb: (module, function, one line of help)
 VERBS = {
@@ -40,7 +41,7 @@ VERBS = {
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit status (0 fine, 2 bad input, 128 + signal when stopped)."""
+    """Run one verb; returns the exit status (0 fine, 1 a failed check, 2 bad input, 128 + signal when stopped)."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: latexocr VERB [--option value ...]\n")
@@ -69,6 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"latexocr {verb}: {_one_line(error)}", file=sys.stderr)
         return 2
+    except MergeMismatch as error:
+        if debug:
+            raise
+        print(f"latexocr {verb}: {error}", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(f"latexocr {verb}: stopped", file=sys.stderr)
         return 130
@@ -102,10 +108,17 @@ def _train(argv: list[str]) -> int:
     return 128 + result.stopped_by if result.stopped_by else 0
 
 
+class _Parser(argparse.ArgumentParser):
+    """argparse prints the whole usage before an error; ours is one line like every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} ({self.prog} --help lists all options)")
+
+
 def parser_for(verb: str, function: Callable) -> argparse.ArgumentParser:
     """An argument parser from a function's signature: parameter = flag, annotation = type, docstring = help."""
     summary, helps = _docstring(function)
-    parser = argparse.ArgumentParser(f"latexocr {verb}", description=summary, allow_abbrev=False)
+    parser = _Parser(f"latexocr {verb}", description=summary, allow_abbrev=False)
     hints = typing.get_type_hints(function)
     for name, parameter in inspect.signature(function).parameters.items():
         required = parameter.default is inspect.Parameter.empty
@@ -119,7 +132,7 @@ def parser_for(verb: str, function: Callable) -> argparse.ArgumentParser:
             if choices:
                 options["choices"] = choices
             else:
-                options["metavar"] = name.upper()
+                options["metavar"] = name.upper().removesuffix("S" if is_list else "")
         if is_list and required:  # predict IMAGE [IMAGE ...]
             parser.add_argument(name, nargs="+", **options)
             continue

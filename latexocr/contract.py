@@ -40,6 +40,7 @@ class Contract:
         prompt: the instruction beside every image.
         image_policy: how pictures were prepared.
         end_token: what ends an answer.
+        hub: where `base_model` comes from when it is a hub id.
         training: facts about the run (step, samples, scores), for people.
         versions: package versions that wrote it.
     """
@@ -50,6 +51,7 @@ class Contract:
     prompt: str
     image_policy: ImagePolicy
     end_token: str
+    hub: str = "modelscope"
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=_versions)
 

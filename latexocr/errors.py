@@ -1,4 +1,4 @@
-"""The one exception that means "the input is at fault, not the program"."""
+"""Exceptions whose message is for the user, not for a programmer."""
 
 from __future__ import annotations
 
@@ -12,6 +12,10 @@ class InputError(ValueError):
     The command line prints it as a single line and exits with status 2; Python callers can catch it apart from
     programming errors. It is a `ValueError`, so code that knows nothing of this package handles it sensibly.
     """
+
+
+class MergeMismatch(RuntimeError):
+    """A merged model does not answer as base + adapter; what was written is removed again."""
 
 
 def nearest(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str:

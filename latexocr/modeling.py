@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +15,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from latexocr.contract import Contract, fingerprint
 from latexocr.errors import InputError
@@ -45,6 +48,21 @@ def resolve_checkpoint(name: str | Path, hub: Literal["modelscope", "huggingface
         raise InputError(
             f"{name}: no such folder here, and {hub} could not deliver it ({type(error).__name__}: {reason}); "
             "give the path of a downloaded checkpoint, or the other --hub"
+        ) from error
+
+
+def resolve_base(contract: Contract, adapter: Path) -> Path:
+    """The folder of the base model that an adapter's `latexocr.json` names.
+
+    Raises:
+        InputError: it is not there any more.
+    """
+    try:
+        return resolve_checkpoint(contract.base_model, contract.hub)
+    except InputError as error:
+        raise InputError(
+            f"{adapter / 'latexocr.json'} names the base model {contract.base_model}, which is not to be had here; "
+            f"give its place: --model BASE --adapter {adapter}"
         ) from error
 
 
@@ -93,6 +111,18 @@ def default_dtype(device: torch.device | str) -> torch.dtype:
     return torch.bfloat16 if on_cuda else torch.float32
 
 
+@contextlib.contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """transformers shows bars for work of a second; they drown what matters."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()
+
+
 def load_base(
     folder: Path,
     *,
@@ -106,13 +136,14 @@ def load_base(
         InputError: weights are missing from the files or do not fit the configuration.
     """
     try:
-        model, info = AutoModelForImageTextToText.from_pretrained(
-            folder,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
-        )
+        with no_progress_bars():
+            model, info = AutoModelForImageTextToText.from_pretrained(
+                folder,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+                output_loading_info=True,
+            )
     except (OSError, RuntimeError) as error:
         raise InputError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if info["missing_keys"]:

@@ -81,8 +81,9 @@ class LatexOCR:
                 raise InputError(
                     f"{path}: an adapter without latexocr.json; name its base: --model BASE --adapter {path}"
                 )
-            path = contract.base_model
-        base_folder = modeling.resolve_checkpoint(path, hub)
+            base_folder = modeling.resolve_base(contract, adapter)
+        else:
+            base_folder = modeling.resolve_checkpoint(path, hub)
         family = modeling.family_in(base_folder)
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(dtype, str):
@@ -268,7 +269,7 @@ def predict(
         return
     answers = ocr.generate(images, batch_size=batch_size, **sampling)
     for image, answer in zip(images, answers, strict=True):
-        print(_json_line(image, answer) if json else " ".join(answer.text.split("\n")), flush=True)
+        print(_json_line(image, answer) if json else " ".join(answer.text.splitlines()), flush=True)
 
 
 def _json_line(image: str, answer: Generated) -> str:

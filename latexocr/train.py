@@ -13,7 +13,7 @@ import math
 import os
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ from latexocr.modeling import (
 )
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_sample, select
 from latexocr.records import read_records
-from latexocr.tracking import METRICS_FILE, MetricsFile, dashboard_command, saved_run_id, track
+from latexocr.tracking import METRICS_FILE, MetricsFile, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.trainer import FormulaTrainer, StoppedInEvaluation, StopSignal
 
 logger = logging.getLogger(__name__)
@@ -75,6 +75,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.dataloader_num_workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self.dataloader_num_workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks))
+        if self.use_cpu or not torch.cuda.is_available():
+            self.dataloader_pin_memory = False  # it only warns there
         self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter takes part in every step
@@ -92,7 +94,10 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.early_stopping_patience is not None and not self.val_json:
             raise InputError("early_stopping_patience needs a val_json to watch")
         if self.eval_strategy not in (None, "no") and not self.val_json:
-            raise InputError(f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on")
+            raise InputError(
+                f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on; "
+                "add one or set --eval_strategy no"
+            )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
                      "max_length", "max_new_tokens"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -169,6 +174,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         InputError: data, model or options that cannot be used; nothing has been written then.
     """
+    resolve_mode(config.swanlab_mode)  # a wrong mode is refused before anything is loaded
     if not config.train_json:
         raise InputError("train_json is not set: give the file that csv2json wrote (--train_json train.json)")
     base_folder, preprocessor = load_preprocessor(config)
@@ -188,7 +194,8 @@ def train(config: TrainConfig) -> TrainResult:
         dropout=config.lora_dropout,
     )  # fmt: skip
     contract = Contract(
-        base_model=str(config.model_name_or_path),
+        base_model=_lasting_name(config.model_name_or_path),
+        hub=config.hub,
         base_fingerprint=fingerprint(base_folder),
         model_type=family.model_types[0],
         prompt=config.prompt,
@@ -218,10 +225,8 @@ def train(config: TrainConfig) -> TrainResult:
                 output_dir / "config.yaml",
                 yaml.safe_dump(config.resolved(), allow_unicode=True, sort_keys=False),
             )
-        try:
-            final_loss = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None).training_loss
-        except StoppedInEvaluation:
-            final_loss = math.nan
+        with suppress(StoppedInEvaluation):  # its checkpoint is written
+            trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.received:
             tracker.finish_as("aborted", f"signal {stop.received} at step {trainer.state.global_step}")
             adapter_dir = output_dir / f"checkpoint-{trainer.state.global_step}"
@@ -232,7 +237,7 @@ def train(config: TrainConfig) -> TrainResult:
             logger.info(f"dashboard: {dashboard_command(output_dir / 'swanlog')}")
     return TrainResult(
         adapter_dir=adapter_dir,
-        metrics={"train_loss": final_loss, **_best_evaluation(trainer)},
+        metrics=_final_metrics(trainer),
         num_dropped=len(training.dropped),
         stopped_by=stop.received,
         is_main_process=trainer.is_world_process_zero(),
@@ -242,7 +247,8 @@ def train(config: TrainConfig) -> TrainResult:
 def announce(trainer: FormulaTrainer, training: Selection, validation: Selection | None) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
     config, dataset = trainer.args, trainer.train_dataset
-    total = sum(parameter.numel() for parameter in trainer.model.parameters())
+    # ZeRO-3 has sharded the weights already: their own size is 0, ds_numel the whole one
+    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
@@ -370,11 +376,18 @@ def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> 
         yield tracker
 
 
+<<<<<<< HEAD
 def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: Any) -> FormulaCollator:
     if not config.flatten:
         return padded
     merge_size = processor.image_processor.merge_size
     return FlattenedCollator(tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size)
+=======
+def _lasting_name(model_name_or_path: str) -> str:
+    """A hub id as it is; a folder absolute, so that the adapter finds it from any working directory."""
+    folder = Path(model_name_or_path)
+    return str(folder.resolve()) if folder.is_dir() else model_name_or_path
+>>>>>>> main
 
 
 def _early_stopping(config: TrainConfig) -> list[EarlyStoppingCallback]:
@@ -382,11 +395,8 @@ def _early_stopping(config: TrainConfig) -> list[EarlyStoppingCallback]:
     return [] if patience is None else [EarlyStoppingCallback(early_stopping_patience=patience)]
 
 
-def _best_evaluation(trainer: FormulaTrainer) -> dict[str, float]:
-    """The evaluation of the checkpoint that was kept: the best one, else the last."""
-    evaluations = [line for line in trainer.state.log_history if "eval_loss" in line]
-    if not evaluations:
-        return {}
-    best = [line for line in evaluations if line["step"] == trainer.state.best_global_step]
-    chosen = (best or evaluations)[-1]
-    return {name: value for name, value in chosen.items() if name.startswith("eval_")}
+def _final_metrics(trainer: FormulaTrainer) -> dict[str, float]:
+    """Mean training loss, and the evaluation of the weights that were kept."""
+    evaluation = trainer.current_contract().training.get("evaluation", {})
+    scores = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
+    return {"train_loss": trainer.mean_loss(), **scores}

@@ -11,13 +11,19 @@ What it changes in `transformers.Trainer`, and why:
 from __future__ import annotations
 
 import json
+<<<<<<< HEAD
 import re
+=======
+import os
+>>>>>>> main
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -26,10 +32,15 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, Trainer, TrainerCallback
+from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+<<<<<<< HEAD
 from latexocr.attention import VARLEN, attention
+=======
+from latexocr.console import Console
+>>>>>>> main
 from latexocr.contract import Contract, write_text
+from latexocr.errors import InputError
 from latexocr.generate import Generated, generate
 from latexocr.images import load_image
 from latexocr.metrics import score
@@ -119,6 +130,7 @@ class StopSignal(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
+<<<<<<< HEAD
 class CompiledLayers:
     """Decoder layers and vision blocks compiled one by one, on during training steps only.
 
@@ -144,6 +156,31 @@ class CompiledLayers:
         finally:
             for layer, call in zip(self._layers, self._calls, strict=True):
                 layer._compiled_call_impl = call
+=======
+def outlive_stop_signals(worker_id: int, *, then: Callable[[int], None] | None = None) -> None:
+    """Initialise a data-loader worker so that it ends when training ends it, not when the whole job is signalled.
+
+    Why: Slurm, systemd, `timeout` and a terminal signal every process of a job. torch's workers die of a SIGTERM, and
+    a dead worker makes the DataLoader raise before `StopSignal` has its checkpoint. A SIGTERM of the training
+    process itself is how a worker is told to end, so the sender decides.
+
+    Args:
+        worker_id: given by the DataLoader.
+        then: the initialisation that this one comes before.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # sigwaitinfo, which tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_training_says_so, args=(os.getppid(),), daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+def _end_when_training_says_so(training_pid: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training_pid:
+        pass
+    os._exit(0)
+>>>>>>> main
 
 
 class StoppedInEvaluation(Exception):
@@ -173,11 +210,20 @@ class FormulaTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)
+<<<<<<< HEAD
         self.eval_collator = eval_collator
         self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
+=======
+        for printing in (ProgressCallback, PrinterCallback):
+            self.remove_callback(printing)
+        self.add_callback(Console())
+        if self.is_fsdp_enabled:
+            check_fsdp(self.accelerator.state.fsdp_plugin)
+>>>>>>> main
         self.contract, self.generation, self.stop, self.on_board = contract, generation, stop, on_board
         self._sampler: EpochSampler | None = None
         self._resumed_from: str | None = None
+        self._weights_step: int | None = None
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._samples, self._since = 0, time.perf_counter()
         self.add_callback(stop)
@@ -192,6 +238,13 @@ class FormulaTrainer(Trainer):
         seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
         self._sampler = EpochSampler(num_samples, multiple=multiple, seed=seed)
         return self._sampler
+
+    def get_train_dataloader(self) -> DataLoader:
+        """The stock loader with workers that survive a signal to the whole job."""
+        loader = super().get_train_dataloader()
+        inner = loader.base_dataloader  # accelerate iterates over this one
+        inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
+        return loader
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -218,6 +271,8 @@ class FormulaTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds throughput since the last log and peak memory to every line with a training loss."""
+        if "train_loss" in logs:  # stock Trainer counts only the part since resuming
+            logs["train_loss"] = self.mean_loss()
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
             counts = torch.stack([self._tokens, torch.tensor(self._samples, device=self.args.device)])
@@ -228,6 +283,15 @@ class FormulaTrainer(Trainer):
                 logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
             self._restart_meter()
         super().log(logs, start_time)
+
+    def mean_loss(self) -> float:
+        """Mean loss over all steps of the run, resumed or not: logged means, and the steps since the last log."""
+        total, last = float(self._tr_loss), 0
+        for line in self.state.log_history:
+            if "loss" in line:
+                total += line["loss"] * (line["step"] - last)
+                last = line["step"]
+        return total / max(1, self.state.global_step)
 
     def _restart_meter(self) -> None:
         self._tokens.zero_()
@@ -295,6 +359,7 @@ class FormulaTrainer(Trainer):
             batch_size=self.args.per_device_eval_batch_size,
             collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=outlive_stop_signals,
             generator=torch.Generator(),  # the global one belongs to training: resumed runs must repeat it
         )
         for batch in tqdm(
@@ -330,8 +395,11 @@ class FormulaTrainer(Trainer):
             write_text(folder / LOSS_METER, json.dumps(meter) + "\n")
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        self._resumed_from = resume_from_checkpoint
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        self._resumed_from, self._weights_step = resume_from_checkpoint, None
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
+            self._weights_step = self.state.best_global_step  # the weights are the best checkpoint's now
+        return output
 
     def restore_loss_meter(self) -> None:
         """Called when training begins, after stock Trainer has set the meter to zero."""
@@ -347,12 +415,32 @@ class FormulaTrainer(Trainer):
             self.current_contract().save(Path(output_dir or self.args.output_dir))
 
     def current_contract(self) -> Contract:
-        """The contract with what is known of the run by now."""
-        evaluations = [line for line in self.state.log_history if "eval_loss" in line]
-        training = {"step": self.state.global_step, "epoch": round(self.state.epoch or 0, 4)}
+        """The contract with the step and the evaluation that belong to the weights as they are now."""
+        step = self._weights_step or self.state.global_step
+        evaluations = [line for line in self.state.log_history if "eval_loss" in line and line["step"] <= step]
+        training = {**self.contract.training, "step": step}
         if evaluations:
-            training["last_evaluation"] = evaluations[-1]
-        return replace(self.contract, training={**self.contract.training, **training})
+            training["evaluation"] = evaluations[-1]
+        return replace(self.contract, training=training)
+
+
+def check_fsdp(fsdp_plugin: Any) -> None:
+    """Refuse FSDP settings under which training would end with no adapter to use.
+
+    Raises:
+        InputError: sharded checkpoints (accelerate's default for FSDP2), which hold no adapter, or FSDP's own
+            activation checkpointing, which breaks the names of the adapter's tensors (accelerate 1.15).
+    """
+    if fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
+        raise InputError(
+            f"fsdp_state_dict_type is {fsdp_plugin.state_dict_type.name}, which writes no adapter; set "
+            "fsdp_state_dict_type: FULL_STATE_DICT as in scripts/accelerate/fsdp2.yaml"
+        )
+    if fsdp_plugin.activation_checkpointing:
+        raise InputError(
+            "fsdp_activation_checkpointing breaks the names of the adapter's tensors; leave it out and set "
+            "gradient_checkpointing: true in the training configuration"
+        )
 
 
 class _Repeatable(TrainerCallback):

@@ -15,7 +15,7 @@ LAYERS = (
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families", "build"},
     {"contract", "attention"},
     {"modeling", "preprocess"},
-    {"collate", "generate"},
+    {"collate", "generate", "build"},
     {"predict"},
     {"trainer", "evaluate", "merge"},
     {"train"},

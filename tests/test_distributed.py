@@ -46,7 +46,7 @@ def test_two_ranks_equal_one_process(tiny, records, tmp_path):
         assert found["two"] == pytest.approx(found["one"], rel=2e-5), key
     for name in ("one", "two"):
         contract = json.loads((tmp_path / name / "adapter/latexocr.json").read_text())
-        assert contract["training"]["last_evaluation"]["eval_num_rows"] == 7
+        assert contract["training"]["evaluation"]["eval_num_rows"] == 7
         assert len(list((tmp_path / name / "swanlog").glob("run-*"))) == 1
 
 

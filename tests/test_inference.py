@@ -17,9 +17,9 @@ from safetensors.torch import load_file, save_file
 from latexocr.build import build
 from latexocr.cli import main
 from latexocr.contract import Contract, fingerprint
-from latexocr.errors import InputError
+from latexocr.errors import InputError, MergeMismatch
 from latexocr.evaluate import evaluate, score_file
-from latexocr.merge import MergeMismatch, merge
+from latexocr.merge import merge
 from latexocr.predict import LatexOCR
 from latexocr.preview import preview
 from latexocr.train import TrainConfig, train

@@ -217,3 +217,37 @@ def test_unknown_model_type(config, tiny, tmp_path):
         train(config(model_name_or_path=str(strange)))
     with pytest.raises(InputError, match="no such folder, and not a hub id"):
         train(config(model_name_or_path="nowhere"))
+
+
+def test_the_adapter_says_which_step_it_is(config, records, tmp_path):
+    """adapter/ holds the best checkpoint's weights, and its contract that checkpoint's step and scores."""
+    result = train(config(val_json=str(records["val"]), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                          save_steps=1, max_steps=3, metric_for_best_model="eval_loss", learning_rate=1e-2,
+                          eval_generate_samples=0, save_total_limit=None))  # fmt: skip
+    evaluations = {row["step"]: row["eval_loss"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row}
+    best = min(evaluations, key=evaluations.get)
+    training = json.loads((result.adapter_dir / "latexocr.json").read_text())["training"]
+    assert training["step"] == best and training["evaluation"]["eval_loss"] == evaluations[best]
+    assert result.metrics["eval_loss"] == evaluations[best]
+    weights = [
+        (tmp_path / f"run/{name}/adapter_model.safetensors").read_bytes() for name in ("adapter", f"checkpoint-{best}")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_mean_loss_counts_the_whole_run_after_resuming(config, tmp_path):
+    options = dict(
+        save_strategy="steps", save_steps=1, logging_steps=2, logging_first_step=False, save_total_limit=None
+    )
+    whole = train(config(output_dir=str(tmp_path / "run"), **options))
+    resumed = train(config(resume_from_checkpoint=str(tmp_path / "run/checkpoint-1"), **options))
+    finished = train(config(resume_from_checkpoint="true", **options))
+    assert 5 < whole.metrics["train_loss"] < 8
+    for result in (resumed, finished):
+        assert result.metrics["train_loss"] == pytest.approx(whole.metrics["train_loss"], rel=1e-6)
+
+
+def test_a_wrong_swanlab_mode_is_refused_at_once(config, tmp_path):
+    with pytest.raises(InputError, match="not one of online, local, offline, disabled"):
+        train(config(swanlab_mode="onlin"))
+    assert not (tmp_path / "run").exists()
