@@ -8,10 +8,8 @@ all images at once.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -104,20 +102,11 @@ def _one_by_one(
     return torch.cat(outputs)
 
 
-@contextlib.contextmanager
-def attention(model: torch.nn.Module, name: str) -> Iterator[None]:
-    """Let every part of `model` use the attention implementation `name`, and its own again afterwards."""
-    configs = {id(part.config): part.config for part in model.modules() if hasattr(part, "config")}
-    before = [
-        (config, config._attn_implementation) for config in configs.values() if hasattr(config, "_attn_implementation")
-    ]
-    for config, _ in before:
-        config._attn_implementation = name
-    try:
-        yield
-    finally:
-        for config, own in before:
-            config._attn_implementation = own
+def set_attention(model: torch.nn.Module, name: str) -> None:
+    """Let every part of `model` use the attention implementation `name`."""
+    for part in model.modules():
+        if hasattr(part, "config") and hasattr(part.config, "_attn_implementation"):
+            part.config._attn_implementation = name
 
 
 # No mask function is registered on purpose: transformers then builds no mask, and the boundaries say everything.

@@ -376,18 +376,17 @@ def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> 
         yield tracker
 
 
-<<<<<<< HEAD
 def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: Any) -> FormulaCollator:
     if not config.flatten:
         return padded
     merge_size = processor.image_processor.merge_size
     return FlattenedCollator(tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size)
-=======
+
+
 def _lasting_name(model_name_or_path: str) -> str:
     """A hub id as it is; a folder absolute, so that the adapter finds it from any working directory."""
     folder = Path(model_name_or_path)
     return str(folder.resolve()) if folder.is_dir() else model_name_or_path
->>>>>>> main
 
 
 def _early_stopping(config: TrainConfig) -> list[EarlyStoppingCallback]:

@@ -11,11 +11,8 @@ What it changes in `transformers.Trainer`, and why:
 from __future__ import annotations
 
 import json
-<<<<<<< HEAD
-import re
-=======
 import os
->>>>>>> main
+import re
 import signal
 import sys
 import threading
@@ -34,11 +31,8 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
-<<<<<<< HEAD
-from latexocr.attention import VARLEN, attention
-=======
+from latexocr.attention import VARLEN, set_attention
 from latexocr.console import Console
->>>>>>> main
 from latexocr.contract import Contract, write_text
 from latexocr.errors import InputError
 from latexocr.generate import Generated, generate
@@ -130,7 +124,6 @@ class StopSignal(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
-<<<<<<< HEAD
 class CompiledLayers:
     """Decoder layers and vision blocks compiled one by one, on during training steps only.
 
@@ -156,7 +149,8 @@ class CompiledLayers:
         finally:
             for layer, call in zip(self._layers, self._calls, strict=True):
                 layer._compiled_call_impl = call
-=======
+
+
 def outlive_stop_signals(worker_id: int, *, then: Callable[[int], None] | None = None) -> None:
     """Initialise a data-loader worker so that it ends when training ends it, not when the whole job is signalled.
 
@@ -180,7 +174,6 @@ def _end_when_training_says_so(training_pid: int) -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training_pid:
         pass
     os._exit(0)
->>>>>>> main
 
 
 class StoppedInEvaluation(Exception):
@@ -210,16 +203,15 @@ class FormulaTrainer(Trainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)
-<<<<<<< HEAD
         self.eval_collator = eval_collator
         self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
-=======
+        if self.args.flatten:
+            set_attention(self.model, VARLEN)
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         self.add_callback(Console())
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator.state.fsdp_plugin)
->>>>>>> main
         self.contract, self.generation, self.stop, self.on_board = contract, generation, stop, on_board
         self._sampler: EpochSampler | None = None
         self._resumed_from: str | None = None
@@ -256,8 +248,7 @@ class FormulaTrainer(Trainer):
         self._samples += len(inputs["text_cu_seqlens"]) - 1 if flattened else len(labels)
         # sums stay on the device: no synchronisation in the step
         self._tokens += labels.numel() if flattened else inputs["attention_mask"].sum()
-        with attention(self.model, VARLEN) if flattened else nullcontext():
-            outputs = model(**inputs, use_cache=False)
+        outputs = model(**inputs, use_cache=False)
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
         loss = supervised_loss(outputs.logits, labels, inputs["logits_to_keep"], num_items_in_batch)
@@ -304,9 +295,8 @@ class FormulaTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss over all validation rows, generation over evenly spaced ones; the same numbers on every rank."""
         dataset: FormulaDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        started, training = time.perf_counter(), self.model.training
-        self.model.eval()
-        with self._compiled.paused() if self._compiled else nullcontext():
+        started = time.perf_counter()
+        with self._as_for_inference():
             metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
             rows = spread(len(dataset), self.args.eval_generate_samples)
             if rows:
@@ -317,12 +307,24 @@ class FormulaTrainer(Trainer):
                 runaways = sum(not answers[row].finished for row in rows)
                 metrics[f"{metric_key_prefix}_runaway_rate"] = runaways / len(rows)
                 self._show_board(dataset, rows, answers)
-        self.model.train(training)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._restart_meter()
         return metrics
+
+    @contextmanager
+    def _as_for_inference(self) -> Iterator[None]:
+        """Evaluation mode, stock attention (padded batches, a growing cache), nothing compiled."""
+        training = self.model.training
+        self.model.eval()
+        if self.args.flatten:
+            set_attention(self.model, "sdpa")
+        with self._compiled.paused() if self._compiled else nullcontext():
+            yield
+        if self.args.flatten:
+            set_attention(self.model, VARLEN)
+        self.model.train(training)
 
     @torch.no_grad()
     def _validation_loss(self, dataset: FormulaDataset) -> float:
