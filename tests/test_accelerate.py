@@ -1,0 +1,229 @@
+"""The launcher's configuration files, the Slurm script with stand-ins for Slurm, and FSDP2 on two gloo ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import FullyShardedDataParallelPlugin
+from accelerate.utils import launch as launch_utils
+from conftest import ROOT
+from safetensors import safe_open
+from test_stop import command, run_until
+
+from latexocr.errors import InputError
+from latexocr.predict import LatexOCR
+from latexocr.tracking import read_metrics
+from latexocr.train import train
+from latexocr.trainer import check_fsdp
+
+FOLDER = ROOT / "scripts" / "accelerate"
+KINDS = {"ddp": "MULTI_GPU", "multi_node": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
+
+
+def launch_arguments(name: str, *flags: str):
+    """What `accelerate launch --config_file NAME.yaml FLAGS scripts/train.py` makes of its file and flags."""
+    words = ["--config_file", str(FOLDER / f"{name}.yaml"), *flags, "scripts/train.py", "--config", "my.yaml"]
+    return _validate_launch_command(launch_command_parser().parse_args(words))[0]
+
+
+def launch_environment(name: str, *flags: str, monkeypatch) -> tuple[dict[str, str], object]:
+    """The environment in which the ranks start, and the arguments of torch's launcher."""
+    monkeypatch.setattr(launch_utils, "is_port_in_use", lambda port: False)
+    arguments = launch_arguments(name, *flags)
+    return launch_utils.prepare_multi_gpu_env(arguments), arguments
+
+
+def test_each_file_is_read_by_accelerate():
+    assert {path.stem for path in FOLDER.glob("*.yaml")} == set(KINDS)
+    for name, kind in KINDS.items():
+        config = load_config_from_file(str(FOLDER / f"{name}.yaml"))
+        assert config.distributed_type.value == kind
+        assert (config.num_machines, config.num_processes) == ((2, 16) if name == "multi_node" else (1, 8))
+        # a precision here would turn autocast on for a model that `dtype: float32` loads in float32
+        assert config.mixed_precision == "no"
+
+
+def test_ddp_takes_the_number_of_gpus_from_the_flag(monkeypatch):
+    environment, arguments = launch_environment("ddp", "--num_processes", "4", monkeypatch=monkeypatch)
+    assert arguments.nproc_per_node == "4" and int(arguments.master_port) > 0
+    assert "ACCELERATE_USE_FSDP" not in environment
+
+
+def test_nodes_meet_at_the_head_node(monkeypatch):
+    flags = ("--machine_rank", "1", "--main_process_ip", "head", "--main_process_port", "20123")
+    _, arguments = launch_environment("multi_node", *flags, monkeypatch=monkeypatch)
+    assert (arguments.nnodes, arguments.nproc_per_node, arguments.node_rank) == ("2", "8", 1)
+    assert (arguments.rdzv_backend, arguments.rdzv_endpoint) == ("static", "head:20123")
+
+
+def test_zero3_values():
+    arguments = launch_arguments("zero3")
+    assert arguments.use_deepspeed and arguments.zero_stage == 3
+    assert arguments.zero3_init_flag and arguments.zero3_save_16bit_model
+    assert arguments.gradient_accumulation_steps == arguments.gradient_clipping == "auto"
+
+
+def fsdp_environment(monkeypatch) -> dict[str, str]:
+    environment, _ = launch_environment("fsdp2", monkeypatch=monkeypatch)
+    wanted = {key: value for key, value in environment.items() if key.startswith(("FSDP_", "ACCELERATE_"))}
+    assert wanted["ACCELERATE_USE_FSDP"] == "true" and wanted["FSDP_VERSION"] == "2"
+    assert wanted["FSDP_STATE_DICT_TYPE"] == "FULL_STATE_DICT"
+    return wanted
+
+
+# accelerate shards on GPUs only; to run its FSDP2 path for real it is enough to tell it that two CPU ranks are GPUs.
+ON_CPU = """
+import sys
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+
+initialise = PartialState.__init__
+
+def initialise_as_gpus(self, *args, **kwargs):
+    initialise(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+PartialState.__init__ = initialise_as_gpus
+sys.path[0] = {root!r}
+from latexocr.cli import main
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+OPTIONS = {
+    "max_steps": 3, "gradient_accumulation_steps": 1, "lora_r": 8, "lora_dropout": 0.0, "learning_rate": 1e-3,
+    "eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2, "logging_steps": 1,
+    "per_device_eval_batch_size": 2, "max_new_tokens": 8, "dataloader_num_workers": 0, "swanlab_mode": "disabled",
+    "use_cpu": True, "disable_tqdm": True,
+}  # fmt: skip
+
+
+def train_sharded(tiny, records, output: Path, environment: dict[str, str], *extra: str) -> None:
+    script = output.parent / "train_on_cpu.py"
+    script.write_text(ON_CPU.format(root=str(ROOT)), encoding="utf-8")
+    options = {"model_name_or_path": tiny, "train_json": records["train"], "val_json": records["val"], **OPTIONS}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *flags,
+         "--per_device_train_batch_size", "4", "--output_dir", str(output), *extra],
+        capture_output=True, text=True, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"}, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def logged(output: Path, key: str) -> list[float]:
+    return [row[key] for row in read_metrics(output / "metrics.jsonl") if key in row]
+
+
+@pytest.mark.slow
+def test_fsdp2_equals_one_process(config, tiny, records, tmp_path, monkeypatch):
+    """Same losses, gradients and validation (7 rows on 2 ranks); an adapter that loads; a run that resumes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    sharded = fsdp_environment(monkeypatch)
+    train_sharded(tiny, records, two, sharded, "--gradient_checkpointing", "true")
+    train(config(**OPTIONS, per_device_train_batch_size=8, val_json=str(records["val"]), output_dir=str(one)))
+    for key, count in {"loss": 3, "grad_norm": 3, "eval_loss": 2, "eval_edit_distance": 2}.items():
+        assert len(logged(one, key)) == count, key
+        assert logged(two, key) == pytest.approx(logged(one, key), rel=1e-5), key
+    assert (two / "checkpoint-2/pytorch_model_fsdp.bin").is_file()  # it was FSDP, not DDP
+
+    names = {}
+    for output in (one, two):
+        with safe_open(output / "adapter/adapter_model.safetensors", framework="pt") as file:
+            names[output] = set(file.keys())
+    assert names[two] == names[one] and len(names[one]) == 42  # 3 layers of 7 projections, A and B
+    picture = json.loads(records["val"].read_text())[0]["conversations"][0]["value"]
+    assert isinstance(LatexOCR.from_pretrained(two / "adapter")(picture), str)
+
+    shutil.rmtree(two / "checkpoint-3")
+    train_sharded(tiny, records, two, sharded, "--resume_from_checkpoint", "true")
+    assert logged(two, "loss")[-1] == pytest.approx(logged(one, "loss")[-1], rel=1e-5)
+    assert (two / "checkpoint-3").is_dir()
+
+
+def test_fsdp_settings_that_lose_the_adapter_are_refused():
+    full = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
+    check_fsdp(FullyShardedDataParallelPlugin(**full))
+    with pytest.raises(InputError, match="set fsdp_state_dict_type: FULL_STATE_DICT"):
+        check_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2))  # accelerate's default is sharded
+    with pytest.raises(InputError, match="set gradient_checkpointing: true"):
+        check_fsdp(FullyShardedDataParallelPlugin(**full, activation_checkpointing=True))
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Stand-ins for Slurm's commands and python, which note their arguments; a job on nodes n7 and n8."""
+    programs = {
+        "scontrol": '[ "$1" = show ] && printf "n7\\nn8\\n" || echo "scontrol $*" >>"$NOTES"',
+        "scancel": 'echo "scancel $*" >>"$NOTES"; kill -TERM $(cat "$NOTES".pid)',
+        "srun": 'for SLURM_NODEID in 0 1; do export SLURM_NODEID; "${@:3}" || exit; done',
+        "python": f'[ "$1" = -c ] && exec {sys.executable} "$@"\necho "python $*" >>"$NOTES"\n'
+        'echo $$ >"$NOTES".pid; [ -z "${LONG:-}" ] || { sleep 30 & trap "kill $!; exit 143" TERM; wait; }',
+    }
+    for name, text in programs.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{text}\n", encoding="utf-8")
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "my.yaml").write_text(f"output_dir: {tmp_path}/run\n", encoding="utf-8")
+    environment = {
+        **os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PYTHON": str(tmp_path / "python"),
+        "NOTES": str(tmp_path / "notes"), "SLURM_GPUS_ON_NODE": "8", "SLURM_NNODES": "2", "SLURM_JOB_ID": "41234",
+        "SLURM_JOB_NODELIST": "n[7-8]",
+    }  # fmt: skip
+
+    def start(**more: str) -> subprocess.Popen:
+        command = ["bash", str(FOLDER / "slurm.sbatch"), str(tmp_path / "my.yaml")]
+        return subprocess.Popen(command, env={**environment, **more}, stdout=subprocess.PIPE, text=True)
+
+    return start
+
+
+def test_slurm_starts_one_launcher_a_node(slurm, tmp_path):
+    assert slurm().wait(timeout=30) == 0
+    first, second = (tmp_path / "notes").read_text().splitlines()
+    assert second == first.replace("--machine_rank 0", "--machine_rank 1")
+    assert "-m accelerate.commands.launch --config_file scripts/accelerate/multi_node.yaml" in first
+    assert "--num_machines 2 --num_processes 16 --main_process_ip n7 --main_process_port 21234" in first
+    assert first.endswith(f"scripts/train.py --config {tmp_path}/my.yaml")
+
+
+def test_slurm_job_queues_again_and_resumes(slurm, tmp_path):
+    """SIGUSR1 comes before the time limit: training gets SIGTERM, the job goes back to the queue."""
+    job = slurm(LONG="1")
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "notes.pid").is_file() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.2)
+    job.send_signal(signal.SIGUSR1)
+    assert job.wait(timeout=30) == 143
+    assert (tmp_path / "notes").read_text().splitlines()[1:] == [
+        "scancel --signal=TERM 41234",
+        "scontrol requeue 41234",
+    ]
+
+    (tmp_path / "run/checkpoint-5").mkdir(parents=True)
+    (tmp_path / "run/checkpoint-5/trainer_state.json").write_text("{}")
+    (tmp_path / "notes").unlink()
+    assert slurm().wait(timeout=30) == 0
+    assert "--resume_from_checkpoint true" in (tmp_path / "notes").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="the workers' protection needs sigwaitinfo")
+def test_a_signal_to_every_process_of_the_job(tiny, records, tmp_path):
+    """Slurm signals the data-loader workers too; a worker that dies must not cost the checkpoint."""
+    process = run_until(3, ["setsid", *command(tiny, records, tmp_path)], tmp_path)
+    os.killpg(process.pid, signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143 and "Traceback" not in err, err
+    assert len(list(tmp_path.glob("checkpoint-*/latexocr.json"))) == 1
