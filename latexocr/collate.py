@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq
+from transformers.vision_utils import get_vision_position_ids
 
+from latexocr.attention import bucketed
 from latexocr.families import Family
 
 
@@ -48,3 +50,75 @@ class FormulaCollator(DataCollatorForSeq2Seq):
         else:
             del batch["labels"]  # the stock collator invents `labels: None`
         return batch
+
+
+@dataclass
+class FlattenedCollator(FormulaCollator):
+    """Samples -> one row without padding, for `latexocr.attention`: 20 to 30% fewer tokens, one attention call.
+
+    Positions and boundaries are computed here, on the CPU in a worker, so that the step never waits for the GPU to
+    say where an image begins. `text_cu_seqlens` and `image_cu_seqlens` (sequences + 1,) are boundaries in tokens and
+    patches; `position_ids` (3, 1, length) restart in every sample.
+
+    Args:
+        merge_size: patches a side of a visual token.
+    """
+
+    merge_size: int = 2
+
+    def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        labels = torch.cat([feature["labels"] for feature in features])
+        grids = torch.cat([feature["image_grid_thw"] for feature in features])
+        lengths = [len(feature["input_ids"]) for feature in features]
+        patches = (grids[:, 1] * grids[:, 2]).tolist()
+        return {
+            "input_ids": torch.cat([feature["input_ids"] for feature in features])[None],
+            "labels": labels[None],
+            "logits_to_keep": (labels[1:] != self.label_pad_token_id).nonzero()[:, 0],
+            "position_ids": torch.cat([self._positions(feature) for feature in features], dim=1)[:, None],
+            "text_cu_seqlens": _boundaries(lengths),
+            "text_max_seqlen": bucketed(max(lengths)),
+            "pixel_values": torch.cat([feature["pixel_values"] for feature in features]),
+            "image_grid_thw": grids,
+            "image_position_ids": get_vision_position_ids(grids, self.merge_size),
+            "image_cu_seqlens": _boundaries(patches),
+            "image_max_seqlen": bucketed(max(patches)),
+        }
+
+    def _positions(self, feature: dict[str, torch.Tensor]) -> torch.Tensor:
+        return rope_positions(feature["mm_token_type_ids"], feature["image_grid_thw"], self.merge_size)
+
+
+def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: int) -> torch.Tensor:
+    """Positions in time, height and width of one sample's tokens: what the models' own `get_rope_index` gives.
+
+    Text counts on by one in all three; an image's tokens share a start, count rows and columns from it, and the text
+    behind goes on after the longer side (Qwen2-VL, arXiv:2409.12191, section 2.1).
+
+    Args:
+        token_types: (length,) 0 for text, 1 for image tokens.
+        grids: (images, 3) patches in time, height, width.
+        merge_size: patches a side of a visual token.
+
+    Returns:
+        (3, length)
+
+    >>> rope_positions(torch.tensor([0, 1, 1, 0]), torch.tensor([[1, 2, 4]]), 2).tolist()
+    [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
+    """
+    positions, start, at = [], 0, 0
+    starts = ((token_types[1:] == 1) & (token_types[:-1] == 0)).nonzero()[:, 0] + 1
+    for first, (_, height, width) in zip(starts.tolist(), (grids // merge_size).tolist(), strict=True):
+        positions.append(torch.arange(start, start + first - at).expand(3, -1))
+        start += first - at
+        rows = torch.arange(height).repeat_interleave(width) + start
+        columns = torch.arange(width).repeat(height) + start
+        positions.append(torch.stack([torch.full_like(rows, start), rows, columns]))
+        start += max(height, width)
+        at = first + height * width
+    positions.append(torch.arange(start, start + len(token_types) - at).expand(3, -1))
+    return torch.cat(positions, dim=1)
+
+
+def _boundaries(lengths: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

@@ -61,6 +61,8 @@ class TrainOptions:
     gradient_accumulation_steps: int = option(4, "micro-batches a step")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
     bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")
+    flatten: bool = option(True, "batches in one row without padding; false: stock padded batches")
+    compile_layers: bool | None = option(None, "compile decoder layers and vision blocks (default: on a bfloat16 GPU)")
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
 
@@ -81,6 +83,7 @@ class TrainOptions:
 
     # logging
     logging_steps: float = option(10, "steps between two lines of metrics.jsonl")
+    logging_nan_inf_filter: bool = option(False, "hide NaN losses; looking for them stalls the GPU at every step")
     logging_first_step: bool = option(True, "log step 1 too")
     board_samples: int = option(8, "validation pictures on the dashboard, at most eval_generate_samples")
     swanlab_mode: str | None = option(None, "online, local, offline or disabled (default: what this machine allows)")

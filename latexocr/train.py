@@ -23,7 +23,7 @@ import yaml
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
-from latexocr.collate import FormulaCollator
+from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
@@ -83,6 +83,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
             self.bf16 = on_gpu and default_dtype("cuda") == torch.bfloat16
+        if self.compile_layers is None:
+            self.compile_layers = self.bf16 and self.flatten and not self.use_cpu
         super().__post_init__()
         if self.n_gpu > 1:
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
@@ -201,6 +203,7 @@ def train(config: TrainConfig) -> TrainResult:
         end_token=family.end_token,
         training={"train_records": len(training.records), "dropped": len(training.dropped)},
     )
+    padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
     with _tracked(config, output_dir, checkpoint) as tracker, StopSignal() as stop:
         trainer = FormulaTrainer(
             model=model,
@@ -211,7 +214,8 @@ def train(config: TrainConfig) -> TrainResult:
             on_board=tracker.log_samples,
             train_dataset=FormulaDataset(training.records, preprocessor),
             eval_dataset=FormulaDataset(validation.records, preprocessor) if validation else None,
-            data_collator=FormulaCollator(tokenizer=processor.tokenizer, family=family),
+            data_collator=_training_collator(config, padded, processor),
+            eval_collator=padded,
             processing_class=processor,
             callbacks=[MetricsFile(), tracker.callback(), *_early_stopping(config)],
         )
@@ -370,6 +374,13 @@ def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> 
         run_file=output_dir / "swanlab.json",
     ) as tracker:
         yield tracker
+
+
+def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: Any) -> FormulaCollator:
+    if not config.flatten:
+        return padded
+    merge_size = processor.image_processor.merge_size
+    return FlattenedCollator(tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size)
 
 
 def _lasting_name(model_name_or_path: str) -> str:

@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
+from latexocr.attention import VARLEN, set_attention
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.errors import InputError
@@ -39,6 +42,7 @@ from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.tracking import Sample
 
 LOSS_METER = "loss_meter.json"
+LAYER_PATH = re.compile(r".*\.(?:language_model\.layers|visual\.blocks)\.\d+")
 
 
 def supervised_loss(
@@ -120,6 +124,33 @@ class StopSignal(TrainerCallback):
             control.should_save = control.should_evaluate = False
 
 
+class CompiledLayers:
+    """Decoder layers and vision blocks compiled one by one, on during training steps only.
+
+    Why one by one: the layers are alike, so one compilation serves all of them, and it does not depend on how many
+    there are. Why only then: generation grows its cache by a token at a time and would be compiled again and again.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        # Many layers share one compiled code object; the default limit of 8 variants would switch it off.
+        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        self._layers = [m for name, m in model.named_modules() if LAYER_PATH.fullmatch(name)]
+        for layer in self._layers:
+            layer.compile(dynamic=True)
+        self._calls = [layer._compiled_call_impl for layer in self._layers]
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Run uncompiled inside."""
+        for layer in self._layers:
+            layer._compiled_call_impl = None
+        try:
+            yield
+        finally:
+            for layer, call in zip(self._layers, self._calls, strict=True):
+                layer._compiled_call_impl = call
+
+
 def outlive_stop_signals(worker_id: int, *, then: Callable[[int], None] | None = None) -> None:
     """Initialise a data-loader worker so that it ends when training ends it, not when the whole job is signalled.
 
@@ -156,6 +187,7 @@ class FormulaTrainer(Trainer):
         contract: written beside every checkpoint.
         generation: greedy settings with `max_new_tokens` for validation.
         stop: the signal watcher, also asked during validation.
+        eval_collator: padded batches for validation; `data_collator` makes the training batches.
         on_board: called on the main process after every validation with the fixed samples, predictions filled in.
         kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s.
     """
@@ -167,9 +199,14 @@ class FormulaTrainer(Trainer):
         generation: GenerationConfig,
         stop: StopSignal,
         on_board: Callable[[list[Sample], int], None],
+        eval_collator: Callable[[list[dict]], dict[str, torch.Tensor]],
         **kwargs: Any,
     ) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)
+        self.eval_collator = eval_collator
+        self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
+        if self.args.flatten:
+            set_attention(self.model, VARLEN)
         for printing in (ProgressCallback, PrinterCallback):
             self.remove_callback(printing)
         self.add_callback(Console())
@@ -207,8 +244,10 @@ class FormulaTrainer(Trainer):
         """Mean over supervised tokens of the effective batch; see `supervised_loss`."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
-        self._samples += len(labels)
-        self._tokens += inputs["attention_mask"].sum()  # stays on the device: no synchronisation in the step
+        flattened = "text_cu_seqlens" in inputs
+        self._samples += len(inputs["text_cu_seqlens"]) - 1 if flattened else len(labels)
+        # sums stay on the device: no synchronisation in the step
+        self._tokens += labels.numel() if flattened else inputs["attention_mask"].sum()
         outputs = model(**inputs, use_cache=False)
         if num_items_in_batch is None:
             num_items_in_batch = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
@@ -216,6 +255,10 @@ class FormulaTrainer(Trainer):
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over the ranks
         return (loss, outputs) if return_outputs else loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Not counted: walking over all parameters at every micro-batch costs more than the number is worth."""
+        return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Adds throughput since the last log and peak memory to every line with a training loss."""
@@ -252,9 +295,8 @@ class FormulaTrainer(Trainer):
     ) -> dict[str, float]:
         """Loss over all validation rows, generation over evenly spaced ones; the same numbers on every rank."""
         dataset: FormulaDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
-        started, training = time.perf_counter(), self.model.training
-        self.model.eval()
-        try:
+        started = time.perf_counter()
+        with self._as_for_inference():
             metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
             rows = spread(len(dataset), self.args.eval_generate_samples)
             if rows:
@@ -265,13 +307,24 @@ class FormulaTrainer(Trainer):
                 runaways = sum(not answers[row].finished for row in rows)
                 metrics[f"{metric_key_prefix}_runaway_rate"] = runaways / len(rows)
                 self._show_board(dataset, rows, answers)
-        finally:
-            self.model.train(training)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         self._restart_meter()
         return metrics
+
+    @contextmanager
+    def _as_for_inference(self) -> Iterator[None]:
+        """Evaluation mode, stock attention (padded batches, a growing cache), nothing compiled."""
+        training = self.model.training
+        self.model.eval()
+        if self.args.flatten:
+            set_attention(self.model, "sdpa")
+        with self._compiled.paused() if self._compiled else nullcontext():
+            yield
+        if self.args.flatten:
+            set_attention(self.model, VARLEN)
+        self.model.train(training)
 
     @torch.no_grad()
     def _validation_loss(self, dataset: FormulaDataset) -> float:
@@ -306,7 +359,7 @@ class FormulaTrainer(Trainer):
             dataset,
             sampler=share_of(list(rows), self.args.process_index, self.args.world_size),
             batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.data_collator,
+            collate_fn=self.eval_collator,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=outlive_stop_signals,
             generator=torch.Generator(),  # the global one belongs to training: resumed runs must repeat it

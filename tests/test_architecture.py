@@ -13,7 +13,7 @@ LAYERS = (
     {"latexocr", "errors"},
     {"pictures", "sources", "metrics", "config", "console"},
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
-    {"contract"},
+    {"contract", "attention"},
     {"modeling", "preprocess"},
     {"collate", "generate", "build"},
     {"predict"},
