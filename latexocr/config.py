@@ -62,7 +62,9 @@ class TrainOptions:
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
     bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")
     flatten: bool = option(True, "batches in one row without padding; false: stock padded batches")
-    compile_layers: bool | None = option(None, "compile decoder layers and vision blocks (default: on a bfloat16 GPU)")
+    compile_layers: bool | None = option(
+        None, "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)"
+    )
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
 

@@ -84,7 +84,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
             on_gpu = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
             self.bf16 = on_gpu and default_dtype("cuda") == torch.bfloat16
         if self.compile_layers is None:
-            self.compile_layers = self.bf16 and self.flatten and not self.use_cpu
+            sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+            self.compile_layers = self.bf16 and self.flatten and not (self.use_cpu or sharded)
         super().__post_init__()
         if self.n_gpu > 1:
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")

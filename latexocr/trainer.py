@@ -134,6 +134,8 @@ class CompiledLayers:
     def __init__(self, model: torch.nn.Module) -> None:
         # Many layers share one compiled code object; the default limit of 8 variants would switch it off.
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
+        # Where nothing can be compiled (no C compiler, say) the layers run as they are, after a warning.
+        torch._dynamo.config.suppress_errors = True
         self._layers = [m for name, m in model.named_modules() if LAYER_PATH.fullmatch(name)]
         for layer in self._layers:
             layer.compile(dynamic=True)

@@ -48,6 +48,13 @@ CHINESE = {
     "adapter/ is the best checkpoint, not the last (default: true where each one is evaluated)": (
         "adapter/ 取最好的而不是最后的检查点（默认：每个检查点都验证时为 true）"
     ),
+    "batches in one row without padding; false: stock padded batches": (
+        "把一批样本拼成一行，不填充；false：普通填充批次"
+    ),
+    "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)": (
+        "编译解码层和视觉层（默认：bfloat16 且权重未切分时）"
+    ),
+    "hide NaN losses; looking for them stalls the GPU at every step": "隐藏 NaN loss；逐步检查会拖慢 GPU",
     "seed of initialisation, order and dropout": "初始化、样本顺序和 dropout 的随机种子",
     "image workers a process (default: cores, at most 8)": "每个进程的读图进程数（默认：CPU 核数，最多 8）",
     "no, steps or epoch (default: epoch when there is a val_json)": (
