@@ -11,6 +11,7 @@ import argparse
 import importlib
 import inspect
 import logging
+import os
 import re
 import sys
 import types
@@ -60,6 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in rest
     rest = [argument for argument in rest if argument != "--debug"]
     warnings.filterwarnings("ignore", category=FutureWarning)  # renames between library versions are not the user's
+    # Waiting OpenMP threads that spin bring each other to a halt when other work shares the cores: two CPU trainings
+    # on two cores ran at 1 sample/s each, and at 26 like this. Read when torch is loaded, so it is set here.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     for noisy in ("httpx", "filelock", "fsspec", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)

@@ -5,6 +5,7 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 prepare_environment dev
 cd "$ROOT"
+export OMP_WAIT_POLICY=PASSIVE # see latexocr/cli.py
 command -v chromium >/dev/null 2>&1 || [ -n "${CHROMIUM:-}" ] ||
     echo "no chromium found: the dashboard's browser tests will be skipped (on Debian: apt-get install chromium)"
 "$VENV/bin/ruff" check --quiet .
