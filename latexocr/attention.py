@@ -20,6 +20,7 @@ from transformers import AttentionInterface
 VARLEN = "flash_varlen_torch"
 # Kernels are chosen by the longest sequence; a few fixed sizes keep compiled code from being compiled again.
 LENGTH_STEP = 512
+VARLEN_CAPABILITY = (8, 0)  # Ampere and later, in 16 bits: what the kernel is written for
 # Grouped key-value heads: PyTorch 2.12 and later; 2.11 needs them repeated.
 KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 

@@ -200,4 +200,5 @@ def _docstring(function: Callable) -> tuple[str, dict[str, str]]:
 def _one_line(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
         return f"{error.filename}: {error.strerror}"
-    return " ".join(str(error).split())
+    # torch puts a data-loader worker's traceback into the message; the original stands last
+    return " ".join(str(error).split("latexocr.errors.InputError: ")[-1].split())

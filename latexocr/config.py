@@ -61,7 +61,7 @@ class TrainOptions:
     gradient_accumulation_steps: int = option(4, "micro-batches a step")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
     bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")
-    flatten: bool = option(True, "batches in one row without padding; false: stock padded batches")
+    flatten: bool | None = option(None, "batches in one row without padding (default: where the GPU can, and on CPUs)")
     compile_layers: bool | None = option(
         None, "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)"
     )
@@ -70,7 +70,7 @@ class TrainOptions:
 
     # validation
     eval_strategy: str | None = option(None, "no, steps or epoch (default: epoch when there is a val_json)")
-    save_strategy: str = option("epoch", "no, steps or epoch")
+    save_strategy: str | None = option(None, "no, steps or epoch (default: as eval_strategy, else epoch)")
     save_total_limit: int | None = option(3, "checkpoints kept besides the best one")
     per_device_eval_batch_size: int = option(16, "samples a device in validation and generation")
     eval_generate_samples: int = option(64, "validation rows that are also generated and scored")
@@ -102,7 +102,7 @@ def train_help() -> str:
         "usage: latexocr train [--config FILE.yaml] [--option value ...]",
         "",
         "Fine-tune a vision-language model on train.json. Flags win over the YAML file, the file over defaults.",
-        "Every field of transformers.TrainingArguments works too (--max_steps 100, --warmup_steps 50, ...).",
+        "Fields of transformers.TrainingArguments work too (--max_steps 100, --warmup_steps 50, ...).",
         "",
     ]
     for row in option_table():
@@ -182,12 +182,16 @@ def typed_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
             # ours first: lora_rank means lora_r, although Trainer's local_rank is spelt more alike
             hint = nearest(str(name), OUR_NAMES, cutoff=0.75) or nearest(str(name), known)
             raise InputError(f"unknown option {name!r}{hint} (latexocr train --help lists all)")
+        if value is False and name.endswith("_strategy"):
+            value = "no"  # YAML reads an unquoted no as false
         typed[name] = _convert(name, value, hints[name])
     return typed
 
 
 def _convert(name: str, value: Any, hint: Any) -> Any:
     kinds = _members(hint)
+    if str in kinds and value == "none":  # a word of its own there: report_to none
+        return value
     for kind in kinds:
         matched, converted = _try(value, kind)
         if matched:
@@ -221,9 +225,9 @@ def _try(value: Any, kind: Any) -> tuple[bool, Any]:
             return False, None
         try:
             number = float(value)
-        except ValueError:
+            return (kind is float or number.is_integer()), kind(number)
+        except (ValueError, OverflowError):
             return False, None
-        return (kind is float or number.is_integer()), kind(number)
     if origin is list or kind is list:
         items = value if isinstance(value, list) else str(value).split(",")
         return isinstance(value, list | str), [str(item) for item in items]

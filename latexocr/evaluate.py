@@ -64,13 +64,15 @@ def evaluate(
     Raises:
         InputError: data, model or adapter that cannot be used, or a folder that cannot be written.
     """
-    from latexocr.images import image_size
+    from latexocr.images import load_image
     from latexocr.predict import LatexOCR
     from latexocr.records import read_records
 
+    if max_samples is not None and max_samples < 1:
+        raise InputError(f"max_samples is {max_samples}, needs at least 1")
     records = read_records(data)[:max_samples]
     for record in records:  # a broken image is found before an hour of generation, not after
-        image_size(record.image_path, record.where)
+        load_image(record.image_path, record.where)
     _make_folder(output_dir)
     ocr = LatexOCR.from_pretrained(
         model, adapter=adapter, device=device, prompt=prompt, hub=hub, trust_remote_code=trust_remote_code

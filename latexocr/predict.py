@@ -85,6 +85,8 @@ class LatexOCR:
         else:
             base_folder = modeling.resolve_checkpoint(path, hub)
         family = modeling.family_in(base_folder)
+        if device and device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"device is {device!r}, but no GPU can be used here; leave it out or say cpu")
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
@@ -150,6 +152,8 @@ class LatexOCR:
 
         from latexocr.generate import generate
 
+        if batch_size < 1:
+            raise InputError(f"batch_size is {batch_size}, needs at least 1")
         config = self._generation(max_new_tokens, temperature, top_p, min_p)
         answers: list[Generated] = []
         with tqdm(total=len(images), desc="reading", unit="image", disable=not progress) as bar:

@@ -113,13 +113,23 @@ class Preprocessor:
         prompt_ids = self._prompt_ids
         if whole_ids[: len(prompt_ids)] != prompt_ids:
             raise InputError(f"{where or 'answer'}: the tokenizer merges the end of the prompt with the answer")
-        return whole_ids[len(prompt_ids) :]
+        answer_ids = whole_ids[len(prompt_ids) :]
+        for token in answer_ids[:-1]:
+            if token in self._special_ids:
+                name = self.processor.tokenizer.convert_ids_to_tokens(token)
+                raise InputError(f"{where or 'answer'}: the text contains the special token {name}; delete the record")
+        return answer_ids
 
     def count_tokens(self, record: Record) -> TokenCounts:
         """Exact token counts from the image's header and the texts, without decoding a pixel."""
         width, height = image_size(record.image_path, record.where)
         image_tokens = self.policy.visual_tokens(width, height)
         return TokenCounts(len(self._prompt_ids) - 1, image_tokens, len(self.answer_ids(record.text, record.where)))
+
+    @cached_property
+    def _special_ids(self) -> frozenset[int]:
+        tokens = self.processor.tokenizer.added_tokens_decoder
+        return frozenset(index for index, token in tokens.items() if token.special)
 
     @cached_property
     def _messages(self) -> list[dict]:

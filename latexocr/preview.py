@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Literal
+
+SHAPES_THE_INPUT = (
+    "prompt", "image_mode", "image_height", "image_width", "min_visual_tokens", "max_visual_tokens",
+    "trust_remote_code",
+)  # fmt: skip
 
 
 def preview(
@@ -34,8 +40,9 @@ def preview(
     from latexocr.records import read_records
     from latexocr.train import TrainConfig, load_preprocessor
 
-    values = {"use_cpu": True, **(read_yaml(config) if config else {})}
-    options = TrainConfig.from_dict({**values, "model_name_or_path": model, "hub": hub, "val_json": None})
+    given = read_yaml(config) if config else {}
+    values = {name: value for name, value in given.items() if name in SHAPES_THE_INPUT}
+    options = TrainConfig.from_dict({**values, "use_cpu": True, "model_name_or_path": model, "hub": hub})
     _, preprocessor = load_preprocessor(options)
     records = read_records(data)[:n]
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -45,7 +52,7 @@ def preview(
         picture = unpatchify(
             sample["pixel_values"], sample["image_grid_thw"][0], preprocessor.processor.image_processor
         )
-        path = output_dir / f"{record.id}.png"
+        path = output_dir / (re.sub(r"[^\w.-]", "_", record.id) + ".png")
         picture.save(path)
         blocks.append(
             f"{record.where}: {counts.total} tokens (prompt {counts.prompt}, image {counts.image}, "

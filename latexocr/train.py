@@ -8,10 +8,12 @@ print(result.adapter_dir, result.metrics)
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import MISSING, dataclass, fields
@@ -21,14 +23,16 @@ from typing import Any
 import torch
 import yaml
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from latexocr.attention import VARLEN_CAPABILITY
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
 from latexocr.modeling import (
+    ADAPTER_CONFIG,
+    ADAPTER_WEIGHTS,
     add_lora,
     check_adapter,
     default_dtype,
@@ -46,7 +50,9 @@ from latexocr.trainer import FormulaTrainer, StoppedInEvaluation, StopSignal
 
 logger = logging.getLogger(__name__)
 MAX_WORKERS = 8
-NEVER_SAVED = {"hub_token", "push_to_hub_token"}
+TRAINER_STATE = "trainer_state.json"
+# config.yaml describes a run, so that it can be given again: no secrets, and nothing about how it was started.
+NEVER_SAVED = {"hub_token", "push_to_hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
 @dataclass
@@ -61,6 +67,10 @@ class TrainConfig(TrainOptions, TrainingArguments):
         self._check()
         if self.eval_strategy is None:
             self.eval_strategy = "epoch" if self.val_json else "no"
+        if self.save_strategy is None:  # with the evaluations, so that the best checkpoint can be kept
+            self.save_strategy = "epoch" if self.eval_strategy == "no" else self.eval_strategy
+            if self.save_strategy == "steps":
+                self.save_steps = self.eval_steps or self.logging_steps
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_edit_distance" if self.eval_generate_samples else "eval_loss"
         if self.greater_is_better is None:
@@ -74,7 +84,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             )
         if self.dataloader_num_workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-            self.dataloader_num_workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) // ranks))
+            self.dataloader_num_workers = max(1, min(MAX_WORKERS, _num_cores() // ranks))
         if self.use_cpu or not torch.cuda.is_available():
             self.dataloader_pin_memory = False  # it only warns there
         self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
@@ -83,6 +93,11 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.bf16 is None:
             on_gpu = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
             self.bf16 = on_gpu and default_dtype("cuda") == torch.bfloat16
+        if self.flatten is None:
+            on_gpu = torch.cuda.is_available() and not self.use_cpu
+            self.flatten = not on_gpu or (
+                (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
+            )
         if self.compile_layers is None:
             sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
             self.compile_layers = self.bf16 and self.flatten and not (self.use_cpu or sharded)
@@ -103,6 +118,19 @@ class TrainConfig(TrainOptions, TrainingArguments):
                      "max_length", "max_new_tokens"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
+        if not self.eval_generate_samples and self.metric_for_best_model not in (None, "loss", "eval_loss"):
+            raise InputError(
+                f"metric_for_best_model {self.metric_for_best_model!r} needs eval_generate_samples above 0"
+            )
+        unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False}
+        for name, default in unused.items():
+            if getattr(self, name) != default:
+                hint = "; compile_layers compiles" if name == "torch_compile" else ""
+                raise InputError(
+                    f"{name} is set to {getattr(self, name)!r}, but has no effect here: leave it out{hint}"
+                )
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
 
@@ -126,8 +154,10 @@ class TrainConfig(TrainOptions, TrainingArguments):
         kept = {}
         for item in fields(self):
             value = values.get(item.name, getattr(self, item.name, None))
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
             default = item.default if item.default is not MISSING else None
-            if item.name in NEVER_SAVED or not isinstance(value, bool | int | float | str | list | type(None)):
+            plain = isinstance(value, bool | int | float | str | list | type(None))
+            if item.name in NEVER_SAVED or not (plain or (item.name.endswith("kwargs") and isinstance(value, dict))):
                 continue
             if item.name in OUR_NAMES or value != getattr(default, "value", default):
                 kept[item.name] = value
@@ -183,7 +213,7 @@ def train(config: TrainConfig) -> TrainResult:
     training = _select(config, config.train_json, preprocessor)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
     checkpoint = _checkpoint_to_resume(config)
-    output_dir = _prepare_output_dir(config, checkpoint)
+    output_dir = _check_output_dir(config, checkpoint)
 
     set_seed(config.seed)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
@@ -205,6 +235,8 @@ def train(config: TrainConfig) -> TrainResult:
         training={"train_records": len(training.records), "dropped": len(training.dropped)},
     )
     padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
+    if checkpoint:
+        _check_same_run(checkpoint, contract, model)
     with _tracked(config, output_dir, checkpoint) as tracker, StopSignal() as stop:
         trainer = FormulaTrainer(
             model=model,
@@ -221,6 +253,8 @@ def train(config: TrainConfig) -> TrainResult:
             callbacks=[MetricsFile(), tracker.callback(), *_early_stopping(config)],
         )
         if trainer.is_world_process_zero():
+            if checkpoint is None:
+                _discard_earlier_run(output_dir)
             print(announce(trainer, training, validation), flush=True)
             write_text(
                 output_dir / "config.yaml",
@@ -314,40 +348,73 @@ def _checkpoint_to_resume(config: TrainConfig) -> Path | None:
         InputError: asked to resume where there is nothing to resume from.
     """
     wanted = config.resume_from_checkpoint
-    if wanted in (None, False, "false"):
+    if wanted in (None, False) or str(wanted).lower() == "false":
         return None
-    if wanted is True or str(wanted).lower() == "true":
-        found = get_last_checkpoint(config.output_dir) if Path(config.output_dir).is_dir() else None
-        if found is None:
-            raise InputError(f"{config.output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint")
-        wanted = found
+    if str(wanted).lower() == "true":
+        return _newest_complete_checkpoint(Path(config.output_dir))
     folder = Path(str(wanted))
-    if not (folder / "trainer_state.json").is_file():
-        raise InputError(f"{folder}: no trainer_state.json, so not a checkpoint that training can resume from")
+    if not (folder / TRAINER_STATE).is_file():
+        raise InputError(f"{folder}: no {TRAINER_STATE}, so not a checkpoint that training can resume from")
     check_adapter(folder)
     return folder
 
 
-def _prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
-    """Make the folder, refuse to mix two runs in it.
+def _newest_complete_checkpoint(output_dir: Path) -> Path:
+    """The last checkpoint that was written to its end; a kill can leave a later one half-written."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if (folder / TRAINER_STATE).is_file() and (folder / ADAPTER_WEIGHTS).is_file():
+            return folder
+        logger.warning(f"{folder}: incomplete, left out")
+    raise InputError(f"{output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint")
+
+
+def _check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
+    """Resuming goes on with the same base, prompt, pictures and adapter shape.
+
+    Raises:
+        InputError: something differs; it is named.
+    """
+    saved, lora = check_adapter(checkpoint), model.peft_config["default"]
+    if saved is None:
+        raise InputError(f"{checkpoint}: no latexocr.json, so not a checkpoint of this library")
+    adapter = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    pairs = {
+        "base model": (saved.base_fingerprint, contract.base_fingerprint),
+        "prompt": (saved.prompt, contract.prompt),
+        "image options": (saved.image_policy, contract.image_policy),
+        "lora_r": (adapter["r"], lora.r),
+        "lora_alpha": (adapter["lora_alpha"], lora.lora_alpha),
+        "lora_components": (adapter["target_modules"], lora.target_modules),
+    }
+    different = [name for name, (before, now) in pairs.items() if before != now]
+    if different:
+        raise InputError(
+            f"{checkpoint}: was trained with another {', '.join(different)}; resume with the same options"
+        )
+
+
+def _earlier_run(output_dir: Path) -> list[Path]:
+    return [
+        *sorted(output_dir.glob("checkpoint-*")),
+        *(output_dir / n for n in (METRICS_FILE, "adapter") if (output_dir / n).exists()),
+    ]
+
+
+def _check_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
+    """Refuse to mix two runs in one folder, and to train into one that cannot be written. Nothing is deleted here.
 
     Raises:
         InputError: it cannot be written, or holds an earlier run.
     """
     output_dir = Path(config.output_dir)
-    earlier = [*output_dir.glob("checkpoint-*"), *(output_dir / name for name in (METRICS_FILE, "adapter"))]
-    earlier = [path for path in earlier if path.exists()]
-    with config.main_process_first(desc="output folder"):
-        if config.process_index > 0:
-            return output_dir
-        if earlier and checkpoint is None:
-            if not config.overwrite_output_dir:
-                raise InputError(
-                    f"{output_dir}: holds an earlier run ({earlier[0].name}); choose another --output_dir, go on with "
-                    "--resume_from_checkpoint true, or discard it with --overwrite_output_dir true"
-                )
-            for path in earlier:
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+    earlier = _earlier_run(output_dir)
+    if earlier and checkpoint is None and not config.overwrite_output_dir:
+        raise InputError(
+            f"{output_dir}: holds an earlier run ({earlier[0].name}); choose another --output_dir, go on with "
+            "--resume_from_checkpoint true, or discard it with --overwrite_output_dir true"
+        )
+    if config.process_index == 0:
         try:
             output_dir.mkdir(parents=True, exist_ok=True)
             probe = output_dir / f".writable-{os.getpid()}"
@@ -358,6 +425,12 @@ def _prepare_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
                 f"{output_dir}: cannot be written ({error.strerror}); choose another --output_dir"
             ) from error
     return output_dir
+
+
+def _discard_earlier_run(output_dir: Path) -> None:
+    """What `--overwrite_output_dir` asks for, once everything else is known to be fine."""
+    for path in _earlier_run(output_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 @contextmanager
@@ -371,7 +444,7 @@ def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> 
         is_main=config.process_index == 0,
         mode=config.swanlab_mode,
         run_id=saved_run_id(output_dir) if checkpoint else None,
-        resume_step=int(checkpoint.name.split("-")[-1]) if checkpoint else None,
+        resume_step=json.loads((checkpoint / TRAINER_STATE).read_text())["global_step"] if checkpoint else None,
         run_file=output_dir / "swanlab.json",
     ) as tracker:
         yield tracker
@@ -388,6 +461,11 @@ def _lasting_name(model_name_or_path: str) -> str:
     """A hub id as it is; a folder absolute, so that the adapter finds it from any working directory."""
     folder = Path(model_name_or_path)
     return str(folder.resolve()) if folder.is_dir() else model_name_or_path
+
+
+def _num_cores() -> int:
+    """Cores that this job may use; a Slurm job on a large node is given few of them."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
 def _early_stopping(config: TrainConfig) -> list[EarlyStoppingCallback]:

@@ -322,11 +322,13 @@ class FormulaTrainer(Trainer):
         self.model.eval()
         if self.args.flatten:
             set_attention(self.model, "sdpa")
-        with self._compiled.paused() if self._compiled else nullcontext():
-            yield
-        if self.args.flatten:
-            set_attention(self.model, VARLEN)
-        self.model.train(training)
+        try:
+            with self._compiled.paused() if self._compiled else nullcontext():
+                yield
+        finally:
+            if self.args.flatten:
+                set_attention(self.model, VARLEN)
+            self.model.train(training)
 
     @torch.no_grad()
     def _validation_loss(self, dataset: FormulaDataset) -> float:

@@ -48,8 +48,8 @@ CHINESE = {
     "adapter/ is the best checkpoint, not the last (default: true where each one is evaluated)": (
         "adapter/ 取最好的而不是最后的检查点（默认：每个检查点都验证时为 true）"
     ),
-    "batches in one row without padding; false: stock padded batches": (
-        "把一批样本拼成一行，不填充；false：普通填充批次"
+    "batches in one row without padding (default: where the GPU can, and on CPUs)": (
+        "把一批样本拼成一行，不填充（默认：GPU 支持时，以及在 CPU 上）"
     ),
     "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)": (
         "编译解码层和视觉层（默认：bfloat16 且权重未切分时）"
@@ -60,7 +60,9 @@ CHINESE = {
     "no, steps or epoch (default: epoch when there is a val_json)": (
         "no、steps 或 epoch（默认：有 val_json 时为 epoch）"
     ),
-    "no, steps or epoch": "no、steps 或 epoch",
+    "no, steps or epoch (default: as eval_strategy, else epoch)": (
+        "no、steps 或 epoch（默认：同 eval_strategy，否则 epoch）"
+    ),
     "checkpoints kept besides the best one": "除最好的之外保留几个检查点",
     "samples a device in validation and generation": "验证和生成时每张卡的样本数",
     "validation rows that are also generated and scored": "验证集中有多少行还要生成并打分",

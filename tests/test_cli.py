@@ -99,13 +99,13 @@ def test_corrupt_pixels_are_found_in_training_and_named(tmp_path, tiny, capsys):
     """The header is fine, the pixels are not: a data-loader worker finds it, the line still names the record."""
     data = (SAMPLE / "images/000000.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    path = write_records(tmp_path / "cut.json", [("cut.png", "x")])
+    path = write_records(tmp_path / "cut.json", [(str(SAMPLE / "images/000001.png"), "x"), ("cut.png", "x")])
     arguments = ["train", "--use_cpu", "--swanlab_mode", "disabled", "--model_name_or_path", str(tiny), "--output_dir",
                  str(tmp_path / "out"), "--train_json", str(path), "--disable_tqdm"]  # fmt: skip
     for workers in ("0", "1"):
         assert main([*arguments, "--dataloader_num_workers", workers, "--overwrite_output_dir"]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "latexocr train:" in line]
-        assert line.startswith("latexocr train: cut.json record 0 (cut.png): undecodable image"), line
+        assert line.startswith("latexocr train: cut.json record 1 (cut.png): undecodable image"), line
 
 
 def test_help_names_every_verb(capsys):

@@ -85,6 +85,36 @@ def test_options_that_do_not_go_together():
         TrainConfig.from_dict({"per_device_train_batch_size": 0, "use_cpu": True})
 
 
+def test_options_that_would_be_ignored_are_refused():
+    from latexocr.train import TrainConfig
+
+    for name, value in (("label_smoothing_factor", 0.1), ("train_sampling_strategy", "group_by_length")):
+        with pytest.raises(InputError, match=f"{name} is set to .* has no effect here"):
+            TrainConfig.from_dict({name: value, "use_cpu": True})
+    with pytest.raises(InputError, match="needs eval_generate_samples above 0"):
+        TrainConfig(metric_for_best_model="eval_bleu", eval_generate_samples=0, val_json="v.json", use_cpu=True)
+    with pytest.raises(InputError, match="early_stopping_patience needs evaluations"):
+        TrainConfig(early_stopping_patience=1, eval_strategy="no", val_json="v.json", use_cpu=True)
+
+
+def test_yaml_no_and_none(tmp_path):
+    from latexocr.train import TrainConfig
+
+    (tmp_path / "c.yaml").write_text("eval_strategy: no\nsave_strategy: no\nreport_to: none\nuse_cpu: true\n")
+    config = TrainConfig.from_dict(
+        parse_train_arguments(["--config", str(tmp_path / "c.yaml"), "--report_to", "none"])
+    )
+    assert (config.eval_strategy.value, config.save_strategy.value) == ("no", "no")
+    assert config.report_to in ("none", [], ["none"])
+
+
+def test_checkpoints_follow_the_evaluations():
+    from latexocr.train import TrainConfig
+
+    config = TrainConfig(eval_strategy="steps", eval_steps=7, val_json="v.json", use_cpu=True)
+    assert (config.save_strategy.value, config.save_steps, config.load_best_model_at_end) == ("steps", 7, True)
+
+
 def test_every_option_has_help():
     table = option_table()
     assert len(table) == len(TrainOptions.__dataclass_fields__) > 30
@@ -97,10 +127,13 @@ def test_resolved_configuration_can_be_loaded_again(tmp_path):
 
     from latexocr.train import TrainConfig
 
-    config = TrainConfig(lora_r=8, warmup_steps=5, use_cpu=True, train_json="t.json")
+    config = TrainConfig(lora_r=8, warmup_steps=5, use_cpu=True, train_json=tmp_path / "t.json",
+                         overwrite_output_dir=True,
+                         lr_scheduler_type="cosine_with_min_lr", lr_scheduler_kwargs={"min_lr": 1e-6})  # fmt: skip
     (tmp_path / "c.yaml").write_text(yaml.safe_dump(config.resolved()))
     again = TrainConfig.from_dict(parse_train_arguments(["--config", str(tmp_path / "c.yaml")]))
-    assert (again.lora_r, again.warmup_steps, again.train_json) == (8, 5, "t.json")
+    assert (again.lora_r, again.warmup_steps, again.train_json) == (8, 5, str(tmp_path / "t.json"))
+    assert again.lr_scheduler_kwargs == {"min_lr": 1e-6} and not again.overwrite_output_dir
     assert again.resolved() == config.resolved()
 
 

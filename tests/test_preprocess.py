@@ -67,10 +67,17 @@ def test_counts_from_headers_are_exact(preprocessor, records):
 
 def test_odd_answers_survive(tiny):
     preprocessor = make(tiny)
-    for text in ("nan", "\\\\", "  leading and trailing  ", "中文 公式", "a\nb", "<|im_end|>", "", "{{ x }}"):
+    for text in ("nan", "\\\\", "  leading and trailing  ", "中文 公式", "a\nb", "im_end|>", "", "{{ x }}"):
         sample = preprocessor.sample(Image.new("L", (56, 28)), text)
         decoded = preprocessor.processor.tokenizer.decode(sample["labels"][sample["labels"] != -100])
         assert decoded == text + "<|im_end|>"
+
+
+def test_an_answer_with_a_special_token_is_refused(tiny):
+    """It would be an image token without an image, or an end in the middle."""
+    for token in ("<|image_pad|>", "<|im_end|>"):
+        with pytest.raises(InputError, match="contains the special token"):
+            make(tiny).sample(Image.new("L", (56, 28)), f"a {token} b")
 
 
 def test_a_template_that_changes_the_answer_is_refused(tiny):

@@ -251,3 +251,32 @@ def test_a_wrong_swanlab_mode_is_refused_at_once(config, tmp_path):
     with pytest.raises(InputError, match="not one of online, local, offline, disabled"):
         train(config(swanlab_mode="onlin"))
     assert not (tmp_path / "run").exists()
+
+
+def test_a_finished_run_is_not_discarded_for_a_start_that_fails(config, tmp_path):
+    train(config(max_steps=1))
+    with pytest.raises(InputError, match="langauge"):
+        train(config(max_steps=1, overwrite_output_dir=True, lora_components=["langauge"]))
+    assert (tmp_path / "run/adapter/latexocr.json").is_file() and (tmp_path / "run/metrics.jsonl").is_file()
+
+
+def test_resuming_passes_over_a_half_written_checkpoint(config, tmp_path):
+    train(config(max_steps=2, save_strategy="steps", save_steps=1))
+    (tmp_path / "run/checkpoint-7").mkdir()
+    result = train(config(max_steps=3, save_strategy="steps", save_steps=1, resume_from_checkpoint="true"))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [
+        1,
+        2,
+        3,
+    ] and result.stopped_by == 0
+
+
+def test_resuming_with_other_options_is_refused(config, tiny_models, tmp_path):
+    train(config(max_steps=1))
+    with pytest.raises(InputError, match="trained with another lora_r; resume with the same options"):
+        train(config(max_steps=2, lora_r=4, resume_from_checkpoint="true"))
+    with pytest.raises(InputError, match="trained with another prompt"):
+        train(config(max_steps=2, prompt="Read it.", resume_from_checkpoint="true"))
+    other = str(tiny_models["qwen2_5_vl"])
+    with pytest.raises(InputError, match="trained with another base model"):
+        train(config(max_steps=2, model_name_or_path=other, resume_from_checkpoint="true"))
