@@ -45,8 +45,9 @@ from latexocr.modeling import (
 )
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_sample, select
 from latexocr.records import read_records
+from latexocr.stopping import StoppedInEvaluation, StopSignal
 from latexocr.tracking import METRICS_FILE, MetricsFile, dashboard_command, resolve_mode, saved_run_id, track
-from latexocr.trainer import FormulaTrainer, StoppedInEvaluation, StopSignal
+from latexocr.trainer import FormulaTrainer
 
 logger = logging.getLogger(__name__)
 MAX_WORKERS = 8

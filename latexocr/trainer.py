@@ -11,18 +11,12 @@ What it changes in `transformers.Trainer`, and why:
 from __future__ import annotations
 
 import json
-import os
-import re
-import signal
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -32,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from latexocr.attention import VARLEN, set_attention
+from latexocr.compiling import CompiledLayers
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.errors import InputError
@@ -39,10 +34,10 @@ from latexocr.generate import Generated, generate
 from latexocr.images import load_image
 from latexocr.metrics import score
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
+from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
 from latexocr.tracking import Sample
 
 LOSS_METER = "loss_meter.json"
-LAYER_PATH = re.compile(r".*\.(?:language_model\.layers|visual\.blocks)\.\d+")
 
 
 def supervised_loss(
@@ -82,104 +77,6 @@ class EpochSampler(Sampler[int]):
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         yield from torch.randperm(self.num_samples, generator=generator).tolist()
         yield from [MASKED] * (len(self) - self.num_samples)
-
-
-class StopSignal(TrainerCallback):
-    """SIGTERM or Ctrl-C: finish the step, write a checkpoint, end training. A second Ctrl-C stops at once."""
-
-    def __init__(self) -> None:
-        self.received = 0  # signal number
-        self._previous: dict[int, Any] = {}
-
-    def __enter__(self) -> StopSignal:
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self._previous[number] = signal.signal(number, self._receive)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = number
-
-    def agreed(self, world_size: int, device: torch.device) -> bool:
-        """Whether any rank was told to stop: ranks must leave the loop after the same step or they hang."""
-        if world_size > 1:
-            received = torch.tensor(self.received, device=device)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            self.received = int(received)
-        return self.received != 0
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.agreed(args.world_size, args.device):
-            control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.received:  # the step's end has saved and agreed already
-            control.should_save = control.should_evaluate = False
-
-
-class CompiledLayers:
-    """Decoder layers and vision blocks compiled one by one, on during training steps only.
-
-    Why one by one: the layers are alike, so one compilation serves all of them, and it does not depend on how many
-    there are. Why only then: generation grows its cache by a token at a time and would be compiled again and again.
-    """
-
-    def __init__(self, model: torch.nn.Module) -> None:
-        # Many layers share one compiled code object; the default limit of 8 variants would switch it off.
-        torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
-        # Where nothing can be compiled (no C compiler, say) the layers run as they are, after a warning.
-        torch._dynamo.config.suppress_errors = True
-        self._layers = [m for name, m in model.named_modules() if LAYER_PATH.fullmatch(name)]
-        for layer in self._layers:
-            layer.compile(dynamic=True)
-        self._calls = [layer._compiled_call_impl for layer in self._layers]
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Run uncompiled inside."""
-        for layer in self._layers:
-            layer._compiled_call_impl = None
-        try:
-            yield
-        finally:
-            for layer, call in zip(self._layers, self._calls, strict=True):
-                layer._compiled_call_impl = call
-
-
-def outlive_stop_signals(worker_id: int, *, then: Callable[[int], None] | None = None) -> None:
-    """Initialise a data-loader worker so that it ends when training ends it, not when the whole job is signalled.
-
-    Why: Slurm, systemd, `timeout` and a terminal signal every process of a job. torch's workers die of a SIGTERM, and
-    a dead worker makes the DataLoader raise before `StopSignal` has its checkpoint. A SIGTERM of the training
-    process itself is how a worker is told to end, so the sender decides.
-
-    Args:
-        worker_id: given by the DataLoader.
-        then: the initialisation that this one comes before.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if sys.platform == "linux":  # sigwaitinfo, which tells the sender
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_when_training_says_so, args=(os.getppid(),), daemon=True).start()
-    if then is not None:
-        then(worker_id)
-
-
-def _end_when_training_says_so(training_pid: int) -> None:
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training_pid:
-        pass
-    os._exit(0)
-
-
-class StoppedInEvaluation(Exception):
-    """Raised after the checkpoint is written when a stop signal arrives during validation."""
 
 
 class FormulaTrainer(Trainer):

@@ -11,7 +11,7 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {"pictures", "sources", "metrics", "config", "console"},
+    {"pictures", "sources", "metrics", "config", "console", "stopping", "compiling"},
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
     {"contract", "attention"},
     {"modeling", "preprocess"},

@@ -1,0 +1,83 @@
+"""SIGTERM and Ctrl-C: training ends with a checkpoint, on all ranks after the same step, workers last."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+
+class StopSignal(TrainerCallback):
+    """SIGTERM or Ctrl-C: finish the step, write a checkpoint, end training. A second Ctrl-C stops at once."""
+
+    def __init__(self) -> None:
+        self.received = 0  # signal number
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignal:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self._previous[number] = signal.signal(number, self._receive)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def agreed(self, world_size: int, device: torch.device) -> bool:
+        """Whether any rank was told to stop: ranks must leave the loop after the same step or they hang."""
+        if world_size > 1:
+            received = torch.tensor(self.received, device=device)
+            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+            self.received = int(received)
+        return self.received != 0
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.agreed(args.world_size, args.device):
+            control.should_save = control.should_training_stop = True
+            control.should_evaluate = False
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        if self.received:  # the step's end has saved and agreed already
+            control.should_save = control.should_evaluate = False
+
+
+class StoppedInEvaluation(Exception):
+    """Raised after the checkpoint is written when a stop signal arrives during validation."""
+
+
+def outlive_stop_signals(worker_id: int, *, then: Callable[[int], None] | None = None) -> None:
+    """Initialise a data-loader worker so that it ends when training ends it, not when the whole job is signalled.
+
+    Why: Slurm, systemd, `timeout` and a terminal signal every process of a job. torch's workers die of a SIGTERM, and
+    a dead worker makes the DataLoader raise before `StopSignal` has its checkpoint. A SIGTERM of the training
+    process itself is how a worker is told to end, so the sender decides.
+
+    Args:
+        worker_id: given by the DataLoader.
+        then: the initialisation that this one comes before.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if sys.platform == "linux":  # sigwaitinfo, which tells the sender
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_when_training_says_so, args=(os.getppid(),), daemon=True).start()
+    if then is not None:
+        then(worker_id)
+
+
+def _end_when_training_says_so(training_pid: int) -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != training_pid:
+        pass
+    os._exit(0)
