@@ -185,13 +185,6 @@ def test_merged_weights_have_the_hubs_names(adapter, tiny, tmp_path):
     assert {tensor.dtype for tensor in merged.values()} == {torch.bfloat16}
 
 
-def test_a_merge_that_does_not_match_leaves_nothing(adapter, tmp_path, monkeypatch):
-    monkeypatch.setattr("latexocr.merge.ROUNDED_TOLERANCE", 0.0)
-    with pytest.raises(MergeMismatch, match=r"differs from base \+ adapter"):
-        merge(adapter, tmp_path / "merged", device="cpu", dtype="bfloat16")
-    assert not (tmp_path / "merged").exists()
-
-
 def test_a_merge_that_stored_the_base_is_found(adapter, tiny, tmp_path, monkeypatch):
     """Whatever goes wrong between memory and disk: here the base's own weights are written instead."""
     from transformers import PreTrainedModel
@@ -203,7 +196,7 @@ def test_a_merge_that_stored_the_base_is_found(adapter, tiny, tmp_path, monkeypa
         shutil.copy(tiny / "model.safetensors", output / "model.safetensors")
 
     monkeypatch.setattr(PreTrainedModel, "save_pretrained", save_base)
-    with pytest.raises(MergeMismatch, match="is not what was stored"):
+    with pytest.raises(MergeMismatch, match="differs from what was stored by"):
         merge(adapter, tmp_path / "merged", device="cpu", dtype="bfloat16")
     assert not (tmp_path / "merged").exists()
 
