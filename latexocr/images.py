@@ -11,7 +11,7 @@ import contextlib
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -98,9 +98,6 @@ class ImagePolicy:
         canvas = Image.new("RGB", (canvas_width, canvas_height), "white")
         canvas.paste(image, (0, 0))
         return canvas
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def load_image(source: ImageInput, where: str | None = None) -> Image.Image:

@@ -14,8 +14,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -46,7 +45,7 @@ from latexocr.modeling import (
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_sample, select
 from latexocr.records import read_records
 from latexocr.stopping import StoppedInEvaluation, StopSignal
-from latexocr.tracking import METRICS_FILE, MetricsFile, dashboard_command, resolve_mode, saved_run_id, track
+from latexocr.tracking import METRICS_FILE, MetricsFile, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.trainer import FormulaTrainer
 
 logger = logging.getLogger(__name__)
@@ -86,16 +85,15 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.dataloader_num_workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self.dataloader_num_workers = max(1, min(MAX_WORKERS, _num_cores() // ranks))
-        if self.use_cpu or not torch.cuda.is_available():
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if not on_gpu:
             self.dataloader_pin_memory = False  # it only warns there
         self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter takes part in every step
         if self.bf16 is None:
-            on_gpu = torch.cuda.is_available() and not (self.use_cpu or self.fp16)
-            self.bf16 = on_gpu and default_dtype("cuda") == torch.bfloat16
+            self.bf16 = on_gpu and not self.fp16 and default_dtype("cuda") == torch.bfloat16
         if self.flatten is None:
-            on_gpu = torch.cuda.is_available() and not self.use_cpu
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
@@ -434,10 +432,9 @@ def _discard_earlier_run(output_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-@contextmanager
-def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> Iterator[Any]:
+def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> AbstractContextManager[Tracker]:
     """SwanLab beside the run, on the main process only; see `latexocr.tracking`."""
-    with track(
+    return track(
         project=config.swanlab_project,
         name=config.run_name or output_dir.name,
         log_dir=output_dir / "swanlog",
@@ -447,8 +444,7 @@ def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> 
         run_id=saved_run_id(output_dir) if checkpoint else None,
         resume_step=json.loads((checkpoint / TRAINER_STATE).read_text())["global_step"] if checkpoint else None,
         run_file=output_dir / "swanlab.json",
-    ) as tracker:
-        yield tracker
+    )
 
 
 def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: Any) -> FormulaCollator:

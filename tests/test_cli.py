@@ -75,7 +75,7 @@ def bad_inputs(tmp_path, tiny) -> dict[str, tuple[list[str], str]]:
     }  # fmt: skip
 
 
-def test_bad_input_is_one_line_and_nothing_half_written(tmp_path, tiny, capsys, caplog):
+def test_bad_input_is_one_line_and_nothing_half_written(tmp_path, tiny, capsys):
     cases = bad_inputs(tmp_path, tiny)
     assert len(cases) == 28
     before = sorted(tmp_path.rglob("*"))
