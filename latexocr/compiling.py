@@ -23,6 +23,8 @@ class CompiledLayers:
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         # Where nothing can be compiled (no C compiler, say) the layers run as they are, after a warning.
         torch._dynamo.config.suppress_errors = True
+        # The first layer's input has no gradient, which would make a variant of its own.
+        model.get_input_embeddings().register_forward_hook(_require_gradient)
         self._layers = [m for name, m in model.named_modules() if LAYER_PATH.fullmatch(name)]
         for layer in self._layers:
             layer.compile(dynamic=True)
@@ -38,3 +40,8 @@ class CompiledLayers:
         finally:
             for layer, call in zip(self._layers, self._calls, strict=True):
                 layer._compiled_call_impl = call
+
+
+def _require_gradient(module: torch.nn.Module, arguments: tuple, output: torch.Tensor) -> None:
+    if module.training:
+        output.requires_grad_()

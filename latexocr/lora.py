@@ -5,7 +5,7 @@
 Why: as separate layers the adapter's thin products and its dropout take half as long again as the frozen layer.
 Here the frozen weight and B lie side by side, W|B (out, in + r), and so do the input and its projection, x|h
 (rows, in + r): one product gives y, and in the backward pass one product gives the gradients of both x and h. Layers
-with the same input (query, key and value; gate and up) are one: their weights lie below each other and each has its
+with the same input (query, key and value; gate and up) share x|h: their weights lie below each other and each has its
 own columns for B and h. Masks come from a hash of seed and position (`keep_mask`), so they are computed where they are
 needed and never stored.
 
@@ -17,10 +17,12 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
+from functools import partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
+from torch.nn.functional import linear
 
 ADAPTER = "default"
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -98,7 +100,7 @@ def lora_grad_x(
 def lora_linear(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, a: list[torch.Tensor],
     b: list[torch.Tensor], seeds: torch.Tensor, threshold: int, factor: float,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+) -> list[torch.Tensor]:  # fmt: skip
     """Frozen linear layers with one input, and their adapters.
 
     Args:
@@ -113,32 +115,33 @@ def lora_linear(
         factor: scale of the adapter, over the share of kept elements.
 
     Returns:
-        y (rows, all outs), and x|h (rows, in + adapters * r), which the backward pass needs.
+        y (rows, out) of each, then x|h (rows, in + adapters * r), which the backward pass needs.
     """
     x_and_down = lora_down(x, down, seeds, threshold, factor)
-    if bias is None:
-        return x_and_down @ weight.T, x_and_down
-    return torch.addmm(bias, x_and_down, weight.T), x_and_down
+    outs = [len(part) for part in b]
+    biases = [None] * len(outs) if bias is None else bias.split(outs)
+    return [*map(partial(linear, x_and_down), weight.split(outs), biases), x_and_down]
 
 
 @lora_linear.register_fake
 def _(x, weight, bias, down, a, b, seeds, threshold, factor):
-    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[1])
+    return [x.new_empty(len(x), size) for size in (*(part.shape[0] for part in b), weight.shape[1])]
 
 
 @torch.library.custom_op("latexocr::lora_linear_backward", mutates_args=())
 def lora_linear_backward(
-    grad_y: torch.Tensor, x_and_down: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, seeds: torch.Tensor,
-    outs: list[int], threshold: int, factor: float,
+    grads_y: list[torch.Tensor], x_and_down: torch.Tensor, weight: torch.Tensor, down: torch.Tensor,
+    seeds: torch.Tensor, threshold: int, factor: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
     """Gradients of x (rows, in), A (adapters * r, in) and B (all outs, r); those of A and B in float32."""
-    num_columns = down.shape[1]
-    grad_y = grad_y.contiguous()
-    grad = grad_y @ weight
-    grad_b = grad_y.new_empty(weight.shape[0], down.shape[0] // len(outs), dtype=torch.float32)
+    num_columns, outs = down.shape[1], [part.shape[1] for part in grads_y]
+    grads_y = [part.contiguous() for part in grads_y]
+    grad_b = down.new_empty(sum(outs), down.shape[0] // len(outs), dtype=torch.float32)
+    grad = None
     projected = x_and_down[:, num_columns:].chunk(len(outs), dim=1)
-    for out, part, h in zip(grad_b.split(outs), grad_y.split(outs, dim=1), projected, strict=True):
-        if grad_y.is_cuda and grad_y.dtype != torch.float32:
+    for part, rows, h, out in zip(grads_y, weight.split(outs), projected, grad_b.split(outs), strict=True):
+        grad = part @ rows if grad is None else grad.addmm_(part, rows)
+        if part.is_cuda and part.dtype != torch.float32:
             torch.mm(part.T, h, out_dtype=torch.float32, out=out)
         else:
             out.copy_(part.T @ h)
@@ -147,26 +150,26 @@ def lora_linear_backward(
 
 
 @lora_linear_backward.register_fake
-def _(grad_y, x_and_down, weight, down, seeds, outs, threshold, factor):
+def _(grads_y, x_and_down, weight, down, seeds, threshold, factor):
     width, num_columns = down.shape
     return (
-        grad_y.new_empty(grad_y.shape[0], num_columns),
+        x_and_down.new_empty(x_and_down.shape[0], num_columns),
         down.new_empty(width, num_columns, dtype=torch.float32),
-        down.new_empty(weight.shape[0], width // len(outs), dtype=torch.float32),
+        down.new_empty(weight.shape[0], width // len(grads_y), dtype=torch.float32),
     )
 
 
-def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+def _save(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
     _, weight, _, down, _, b, seeds, ctx.threshold, ctx.factor = inputs
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], weight, down, seeds)
+    ctx.mark_non_differentiable(output[-1])
+    ctx.save_for_backward(output[-1], weight, down, seeds)
     ctx.outs, ctx.dtype = [len(part) for part in b], b[0].dtype
 
 
-def _backward(ctx: Any, grad_y: torch.Tensor, _: torch.Tensor) -> tuple:
+def _backward(ctx: Any, grads: list[torch.Tensor]) -> tuple:
     x_and_down, weight, down, seeds = ctx.saved_tensors
     grad_x, grad_a, grad_b = torch.ops.latexocr.lora_linear_backward(
-        grad_y, x_and_down, weight, down, seeds, ctx.outs, ctx.threshold, ctx.factor
+        grads[:-1], x_and_down, weight, down, seeds, ctx.threshold, ctx.factor
     )
     grads_a = list(grad_a.to(ctx.dtype).chunk(len(ctx.outs)))
     grads_b = list(grad_b.to(ctx.dtype).split(ctx.outs))
@@ -200,15 +203,15 @@ class LoraGroup(torch.nn.Module):
         dropout = getattr(layers[0].lora_dropout[ADAPTER], "p", 0.0)  # Identity without dropout
         self.threshold, self.factor = round(dropout * 2**BITS), layers[0].scaling[ADAPTER] / (1 - dropout)
         self.seeds = torch.zeros(len(layers), dtype=torch.long, device=like.device)
-        self.outputs: tuple[torch.Tensor, ...] = ()
+        self.outputs: list[torch.Tensor] = []
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One output a layer, from their input (..., in)."""
-        y, _ = torch.ops.latexocr.lora_linear(
+        *outputs, _ = torch.ops.latexocr.lora_linear(
             x.flatten(0, -2), self.weight, self.bias, self.down, self.a, self.b, self.seeds, self.threshold,
             self.factor,
         )  # fmt: skip
-        return y.unflatten(0, x.shape[:-1]).split(self.outs, dim=-1)
+        return [y.unflatten(0, x.shape[:-1]) for y in outputs]
 
     def places(self) -> list[torch.Tensor]:
         """Where the values of A and then of B belong."""
@@ -228,7 +231,7 @@ class FusedLora(LoraLinear):
             group.outputs = group(x)
         y = group.outputs[self.place]
         if self.place == len(group.outs) - 1:
-            group.outputs = ()
+            group.outputs = []
         return y
 
 
