@@ -57,7 +57,9 @@ class TrainOptions:
 
     # optimisation (TrainingArguments fields with our defaults)
     num_train_epochs: float = option(2.0, "passes over the training records")
-    per_device_train_batch_size: int = option(4, "samples a device and micro-batch")
+    per_device_train_batch_size: int | None = option(None, "samples a device and micro-batch (default: 4)")
+    max_tokens_per_batch: int | None = option(None, "instead: as many samples as fit into this many tokens")
+    max_patches_per_batch: int | None = option(None, "instead, or as well: into this many vision patches")
     gradient_accumulation_steps: int = option(4, "micro-batches a step")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
     bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")

@@ -44,6 +44,7 @@ from latexocr.modeling import (
 )
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_sample, select
 from latexocr.records import read_records
+from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
 from latexocr.tracking import METRICS_FILE, MetricsFile, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.trainer import FormulaTrainer
@@ -65,6 +66,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
+        if self.per_device_train_batch_size is None:
+            self.per_device_train_batch_size = 1 if self.by_budget else 4
         if self.eval_strategy is None:
             self.eval_strategy = "epoch" if self.val_json else "no"
         if self.save_strategy is None:  # with the evaluations, so that the best checkpoint can be kept
@@ -97,6 +100,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
+        if self.by_budget and not self.flatten:
+            raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
         if self.compile_layers is None:
             sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
             self.compile_layers = self.bf16 and self.flatten and not (self.use_cpu or sharded)
@@ -113,9 +118,15 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on; "
                 "add one or set --eval_strategy no"
             )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
-                     "max_length", "max_new_tokens"):  # fmt: skip
-            if getattr(self, name) < 1:
+        if self.by_budget and self.per_device_train_batch_size is not None:
+            raise InputError(
+                f"per_device_train_batch_size is {self.per_device_train_batch_size}, but max_tokens_per_batch or "
+                "max_patches_per_batch says how large a batch is: leave one of them out"
+            )
+        for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_patches_per_batch",
+                     "gradient_accumulation_steps", "per_device_eval_batch_size", "max_length",
+                     "max_new_tokens"):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
@@ -132,6 +143,11 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 )
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
+
+    @property
+    def by_budget(self) -> bool:
+        """Whether a budget of tokens or patches, not a number of samples, says how large a micro-batch is."""
+        return self.max_tokens_per_batch is not None or self.max_patches_per_batch is not None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -158,6 +174,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
             plain = isinstance(value, bool | int | float | str | list | type(None))
             if item.name in NEVER_SAVED or not (plain or (item.name.endswith("kwargs") and isinstance(value, dict))):
                 continue
+            if item.name == "per_device_train_batch_size" and self.by_budget:
+                continue  # it stands for nothing then, and is refused when given
             if item.name in OUR_NAMES or value != getattr(default, "value", default):
                 kept[item.name] = value
         return kept
@@ -211,6 +229,7 @@ def train(config: TrainConfig) -> TrainResult:
     processor, family = preprocessor.processor, preprocessor.family
     training = _select(config, config.train_json, preprocessor)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
+    batches = _batches_by_budget(config, training, processor)
     checkpoint = _checkpoint_to_resume(config)
     output_dir = _check_output_dir(config, checkpoint)
 
@@ -243,6 +262,7 @@ def train(config: TrainConfig) -> TrainResult:
             contract=contract,
             generation=generation,
             stop=stop,
+            batches=batches,
             on_board=tracker.log_samples,
             train_dataset=FormulaDataset(training.records, preprocessor),
             eval_dataset=FormulaDataset(validation.records, preprocessor) if validation else None,
@@ -286,8 +306,15 @@ def announce(trainer: FormulaTrainer, training: Selection, validation: Selection
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps_an_epoch = math.ceil(len(training.records) / batch)
+    if trainer.batches is None:
+        size = f"{config.per_device_train_batch_size} a device"
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        steps_an_epoch = math.ceil(len(training.records) / batch)
+    else:
+        bounds = {"tokens": config.max_tokens_per_batch, "patches": config.max_patches_per_batch}
+        size = "at most " + " and ".join(f"{bound:,} {name}" for name, bound in bounds.items() if bound) + " a device"
+        steps_an_epoch = math.ceil(len(trainer.batches) / config.gradient_accumulation_steps)
+        batch = f"about {len(training.records) / steps_an_epoch:.1f}"
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
     lines = [
         f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
@@ -303,8 +330,8 @@ def announce(trainer: FormulaTrainer, training: Selection, validation: Selection
             f"{generated:,} of them generated, evaluated each {config.eval_strategy.value}"
         )
     lines += [
-        f"steps       {steps:,} of {batch} records ({config.per_device_train_batch_size} a device x "
-        f"{config.gradient_accumulation_steps} accumulated x {config.world_size} ranks), {steps_an_epoch:,} an epoch",
+        f"steps       {steps:,} of {batch} records ({size} x {config.gradient_accumulation_steps} accumulated x "
+        f"{config.world_size} ranks), {steps_an_epoch:,} an epoch",
         f"example     {decode_sample(dataset[0], dataset.preprocessor)}",
     ]
     return "\n".join(lines)
@@ -452,6 +479,20 @@ def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: 
         return padded
     merge_size = processor.image_processor.merge_size
     return FlattenedCollator(tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size)
+
+
+def _batches_by_budget(config: TrainConfig, training: Selection, processor: Any) -> BudgetSampler | None:
+    if not config.by_budget:
+        return None
+    return BudgetSampler(
+        training,
+        patches_per_token=processor.image_processor.merge_size**2,
+        max_tokens=config.max_tokens_per_batch,
+        max_patches=config.max_patches_per_batch,
+        rank=config.process_index,
+        world_size=config.world_size,
+        seed=config.data_seed if config.data_seed is not None else config.seed,
+    )
 
 
 def _lasting_name(model_name_or_path: str) -> str:

@@ -15,7 +15,7 @@ LAYERS = (
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
     {"contract", "attention"},
     {"modeling", "preprocess"},
-    {"collate", "generate", "build"},
+    {"collate", "generate", "build", "sampling"},
     {"predict"},
     {"trainer", "evaluate", "merge"},
     {"train"},
