@@ -42,14 +42,17 @@ class FormulaCollator(DataCollatorForSeq2Seq):
             )
             extra = batch["input_ids"].shape[1] - padded.shape[1]  # pad_to_multiple_of
             batch[key] = torch.nn.functional.pad(padded, (extra, 0), value=value)
-        for key in self.family.concatenated:
-            batch[key] = torch.cat([feature[key] for feature in features])
+        batch |= self._joined(features)
         if "labels" in text[0]:
             supervised = (batch["labels"][:, 1:] != self.label_pad_token_id).any(dim=0)
             batch["logits_to_keep"] = supervised.nonzero()[:, 0]
         else:
             del batch["labels"]  # the stock collator invents `labels: None`
         return batch
+
+    def _joined(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        keys = [key for key in self.family.concatenated if key in features[0]]
+        return {key: torch.cat([feature[key] for feature in features]) for key in keys}
 
 
 @dataclass
@@ -68,7 +71,8 @@ class FlattenedCollator(FormulaCollator):
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
         labels = torch.cat([feature["labels"] for feature in features])
-        grids = torch.cat([feature["image_grid_thw"] for feature in features])
+        vision = self._joined(features)
+        grids = vision["image_grid_thw"]
         lengths = [len(feature["input_ids"]) for feature in features]
         patches = (grids[:, 1] * grids[:, 2]).tolist()
         return {
@@ -78,8 +82,7 @@ class FlattenedCollator(FormulaCollator):
             "position_ids": torch.cat([self._positions(feature) for feature in features], dim=1)[:, None],
             "text_cu_seqlens": _boundaries(lengths),
             "text_max_seqlen": bucketed(max(lengths)),
-            "pixel_values": torch.cat([feature["pixel_values"] for feature in features]),
-            "image_grid_thw": grids,
+            **vision,
             "image_position_ids": get_vision_position_ids(grids, self.merge_size),
             "image_cu_seqlens": _boundaries(patches),
             "image_max_seqlen": bucketed(max(patches)),

@@ -106,7 +106,8 @@ class BudgetSampler(Sampler[list[int]]):
         yield from map(self._evened, steps)
 
     def _order(self, epoch: int, attempt: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed + epoch + (attempt << 32))
+        # far apart, but within the 32 bits of a seed that the CPU's generator looks at
+        generator = torch.Generator().manual_seed(self.seed + epoch + 1_000_003 * attempt)
         return torch.randperm(len(self.sizes), generator=generator).tolist()
 
     def _pack(self, order: list[int]) -> list[Batches]:

@@ -48,6 +48,7 @@ from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
 from latexocr.tracking import METRICS_FILE, MetricsFile, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.trainer import FormulaTrainer
+from latexocr.vision_cache import GivenFeatures, VisionCache
 
 logger = logging.getLogger(__name__)
 MAX_WORKERS = 8
@@ -66,8 +67,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
 
     def __post_init__(self) -> None:
         self._check()
-        if self.per_device_train_batch_size is None:
-            self.per_device_train_batch_size = 1 if self.by_budget else 4
         if self.eval_strategy is None:
             self.eval_strategy = "epoch" if self.val_json else "no"
         if self.save_strategy is None:  # with the evaluations, so that the best checkpoint can be kept
@@ -100,6 +99,11 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
+        frozen = not {"vision", "merger"} & set(self.lora_components)
+        if self.cache_vision_features and not frozen:
+            raise InputError(
+                "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
+            )
         if self.by_budget and not self.flatten:
             raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
         if self.compile_layers is None:
@@ -118,11 +122,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on; "
                 "add one or set --eval_strategy no"
             )
-        if self.by_budget and self.per_device_train_batch_size is not None:
-            raise InputError(
-                f"per_device_train_batch_size is {self.per_device_train_batch_size}, but max_tokens_per_batch or "
-                "max_patches_per_batch says how large a batch is: leave one of them out"
-            )
         for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_patches_per_batch",
                      "gradient_accumulation_steps", "per_device_eval_batch_size", "max_length",
                      "max_new_tokens"):  # fmt: skip
@@ -135,11 +134,15 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 f"metric_for_best_model {self.metric_for_best_model!r} needs eval_generate_samples above 0"
             )
         unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False}
+        hints = {"torch_compile": "; compile_layers compiles"}
+        if self.by_budget:
+            unused["per_device_train_batch_size"] = TrainOptions.per_device_train_batch_size
+            hints["per_device_train_batch_size"] = "; the budget says how large a batch is"
         for name, default in unused.items():
             if getattr(self, name) != default:
-                hint = "; compile_layers compiles" if name == "torch_compile" else ""
                 raise InputError(
-                    f"{name} is set to {getattr(self, name)!r}, but has no effect here: leave it out{hint}"
+                    f"{name} is set to {getattr(self, name)!r}, but has no effect here: leave it out"
+                    f"{hints.get(name, '')}"
                 )
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
@@ -174,8 +177,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
             plain = isinstance(value, bool | int | float | str | list | type(None))
             if item.name in NEVER_SAVED or not (plain or (item.name.endswith("kwargs") and isinstance(value, dict))):
                 continue
-            if item.name == "per_device_train_batch_size" and self.by_budget:
-                continue  # it stands for nothing then, and is refused when given
             if item.name in OUR_NAMES or value != getattr(default, "value", default):
                 kept[item.name] = value
         return kept
@@ -271,14 +272,17 @@ def train(config: TrainConfig) -> TrainResult:
             processing_class=processor,
             callbacks=[MetricsFile(), tracker.callback(), *_early_stopping(config)],
         )
+        cache = VisionCache(trainer, training, preprocessor, contract) if config.cache_vision_features else None
         if trainer.is_world_process_zero():
             if checkpoint is None:
                 _discard_earlier_run(output_dir)
-            print(announce(trainer, training, validation), flush=True)
+            print(announce(trainer, training, validation, cache), flush=True)
             write_text(
                 output_dir / "config.yaml",
                 yaml.safe_dump(config.resolved(), allow_unicode=True, sort_keys=False),
             )
+        if cache:
+            trainer.train_dataset.vision, trainer.given_features = cache.filled(), GivenFeatures(model)
         with suppress(StoppedInEvaluation):  # its checkpoint is written
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.received:
@@ -287,6 +291,8 @@ def train(config: TrainConfig) -> TrainResult:
         else:
             adapter_dir = output_dir / "adapter"
             trainer.save_model(str(adapter_dir))
+            if cache:
+                cache.remove()
         if trainer.is_world_process_zero() and tracker.run.get("mode") == "local":
             logger.info(f"dashboard: {dashboard_command(output_dir / 'swanlog')}")
     return TrainResult(
@@ -298,7 +304,9 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
 
-def announce(trainer: FormulaTrainer, training: Selection, validation: Selection | None) -> str:
+def announce(
+    trainer: FormulaTrainer, training: Selection, validation: Selection | None, cache: VisionCache | None = None
+) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
     config, dataset = trainer.args, trainer.train_dataset
     # ZeRO-3 has sharded the weights already: their own size is 0, ds_numel the whole one
@@ -328,6 +336,11 @@ def announce(trainer: FormulaTrainer, training: Selection, validation: Selection
         lines.append(
             f"validation  {len(validation.records):,} records, {len(validation.dropped):,} dropped as overlong; "
             f"{generated:,} of them generated, evaluated each {config.eval_strategy.value}"
+        )
+    if cache:
+        lines.append(
+            f"vision      features of {len(training.records):,} images, {cache.file.num_bytes / 1e6:,.1f} MB in "
+            f"{cache.file.path.parent}, removed at the end"
         )
     lines += [
         f"steps       {steps:,} of {batch} records ({size} x {config.gradient_accumulation_steps} accumulated x "

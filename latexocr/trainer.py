@@ -38,6 +38,7 @@ from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
 from latexocr.tracking import Sample
+from latexocr.vision_cache import GivenFeatures
 
 LOSS_METER = "loss_meter.json"
 
@@ -97,6 +98,7 @@ class FormulaTrainer(Trainer):
             check_fsdp(self.accelerator.state.fsdp_plugin)
         self.contract, self.generation, self.stop, self.on_board = contract, generation, stop, on_board
         self.batches = batches
+        self.given_features: GivenFeatures | None = None
         self._sampler: EpochSampler | BudgetSampler | None = batches
         self._resumed_from: str | None = None
         self._weights_step: int | None = None
@@ -151,6 +153,8 @@ class FormulaTrainer(Trainer):
         """Mean over supervised tokens of the effective batch; see `supervised_loss`."""
         inputs = dict(inputs)
         labels = inputs.pop("labels")
+        if "image_features" in inputs:  # the tower hands them on, see `GivenFeatures`
+            inputs["pixel_values"] = inputs.pop("image_features")
         flattened = "text_cu_seqlens" in inputs
         self._samples += len(inputs["text_cu_seqlens"]) - 1 if flattened else len(labels)
         # sums stay on the device: no synchronisation in the step
@@ -222,13 +226,16 @@ class FormulaTrainer(Trainer):
 
     @contextmanager
     def _as_for_inference(self) -> Iterator[None]:
-        """Evaluation mode, stock attention (padded batches, a growing cache), nothing compiled."""
+        """Evaluation mode, stock attention (padded batches, a growing cache), nothing compiled, images from pixels."""
         training = self.model.training
         self.model.eval()
         if self.args.flatten:
             set_attention(self.model, "sdpa")
         try:
-            with self._compiled.paused() if self._compiled else nullcontext():
+            with (
+                self._compiled.paused() if self._compiled else nullcontext(),
+                self.given_features.paused() if self.given_features else nullcontext(),
+            ):
                 yield
         finally:
             if self.args.flatten:

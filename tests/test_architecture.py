@@ -15,7 +15,7 @@ LAYERS = (
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
     {"contract", "attention"},
     {"modeling", "preprocess"},
-    {"collate", "generate", "build", "sampling"},
+    {"collate", "generate", "build", "sampling", "vision_cache"},
     {"predict"},
     {"trainer", "evaluate", "merge"},
     {"train"},
