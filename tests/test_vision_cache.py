@@ -15,6 +15,7 @@ from conftest import MODEL_TYPES, ROOT, SAMPLE, write_records
 from latexocr.errors import InputError
 from latexocr.preprocess import FormulaDataset
 from latexocr.records import read_records
+from latexocr.stopping import StopSignal
 from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
 from latexocr.vision_cache import FeatureFile, VisionCache
@@ -38,7 +39,7 @@ def test_losses_equal_training_from_pixels(model_type, flatten, tiny_models, con
         assert values(features, key) == pytest.approx(values(pixels, key), rel=tolerance), key
     _, preprocessor = load_preprocessor(config(model_name_or_path=str(tiny_models[model_type])))
     tokens = sum(preprocessor.count_tokens(record).image for record in read_records(records["train"]))
-    width = 256 * (1 if model_type != "qwen3_vl" else 2)  # hidden size; the tiny Qwen3-VL has one deepstack layer
+    width = 128 * (1 if model_type != "qwen3_vl" else 2)  # hidden size; the tiny Qwen3-VL has one deepstack layer
     megabytes = (24 * 24 + tokens * width * 4) / 1e6
     assert f"features of 24 images, {megabytes:,.1f} MB in {features}" in capsys.readouterr().out
     assert not (features / "vision_features").exists()
@@ -111,6 +112,19 @@ def test_what_is_refused(config, monkeypatch, tmp_path):
     with pytest.raises(InputError, match=r"run: the vision features need 0\.\d GB, 0\.0 GB are free"):
         train(config(cache_vision_features=True))
     assert not (tmp_path / "run/config.yaml").exists()
+
+
+def test_a_signal_before_step_one_ends_the_start(config, monkeypatch, tmp_path):
+    """There is no step to finish; half a file does not count as features."""
+
+    def entered(stop: StopSignal) -> StopSignal:
+        stop.received = 15
+        return stop
+
+    monkeypatch.setattr(StopSignal, "__enter__", entered)
+    with pytest.raises(SystemExit) as stopped:
+        train(config(cache_vision_features=True))
+    assert stopped.value.code == 143 and not (tmp_path / "run/vision_features/complete.json").exists()
 
 
 @pytest.mark.slow
