@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -121,6 +122,24 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def no_torch_checks() -> Iterator[None]:
+    """Without transformers' check that image tokens and features are equally many, which waits for the GPU.
+
+    `latexocr.preprocess` writes the tokens from the same grid.
+    """
+    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 def load_base(

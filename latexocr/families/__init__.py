@@ -20,6 +20,7 @@ class Family:
         padded: per-token inputs that the tokenizer does not pad, with their padding value.
         concatenated: per-image inputs, joined along their first dimension; those that a batch has.
         deepstack: the vision tower also gives features of its middle layers to the first decoder layers.
+        grid_free: the vision tower knows pictures by boundaries and positions alone, not by their grids.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Family:
     padded: tuple[tuple[str, int], ...] = (("mm_token_type_ids", 0),)
     concatenated: tuple[str, ...] = ("pixel_values", "image_features", "image_grid_thw")
     deepstack: bool = False
+    grid_free: bool = False
 
     def target_regex(self, components: list[str]) -> str:
         """One expression for peft's `target_modules`.
