@@ -89,7 +89,8 @@ class FlattenedCollator(FormulaCollator):
             labels = pad(labels, (0, extra), value=self.label_pad_token_id)
             input_ids = pad(input_ids, (0, extra), value=self.tokenizer.pad_token_id)
             positions = pad(positions, (0, extra))
-            kept = pad(kept, (0, rounded(len(kept)) - len(kept)), value=len(labels) - 2)  # predicts a filler
+            # coarser, because few shapes matter more here than a little work; the column predicts a filler
+            kept = pad(kept, (0, rounded(len(kept), steps=4) - len(kept)), value=len(labels) - 2)
         return {
             **batch,
             **(self._given(features) if "image_features" in features[0] else self._images(features)),
@@ -163,13 +164,13 @@ def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: i
     return torch.cat(positions, dim=1)
 
 
-def rounded(size: int) -> int:
-    """`size` rounded up to one of 16 sizes a power of two, a multiple of 64.
+def rounded(size: int, *, steps: int = 16) -> int:
+    """`size` rounded up to one of `steps` sizes a power of two, a multiple of 64.
 
     >>> [rounded(size) for size in (1, 100, 2752, 11000)]
     [64, 128, 2816, 11264]
     """
-    step = max(64, 2 ** (size.bit_length() - 5))
+    step = max(64, 2 ** (size.bit_length() - 1) // steps)
     return -(-size // step) * step
 
 

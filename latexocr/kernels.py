@@ -34,18 +34,18 @@ def _keep(tile, bits, threshold):
 
 @triton.jit
 def _down_kernel(
-    x, x_stride, a, seed, out, sums, num_rows, num_columns, columns_a_part, threshold,
+    x, x_stride, a, seeds, out, sums, num_rows, num_columns, columns_a_part, threshold, ADAPTERS: tl.constexpr,
     RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BM
-    part = tl.program_id(1)
+    part, adapter = tl.program_id(1), tl.program_id(2)
     rows, ranks, lane = tl.arange(0, BM)[:, None], tl.arange(0, RANK), tl.arange(0, HALF)[None, :]
     inside = first + rows < num_rows
-    out_stride = num_columns + RANK
+    out_stride = num_columns + ADAPTERS * RANK
     x += first.to(tl.int64) * x_stride
     out += first.to(tl.int64) * out_stride
     hash_rows = (first + rows) * (tl.cdiv(num_columns, 2 * HALF) * HALF)
-    key = tl.load(seed)
+    key = tl.load(seeds + adapter)
     total = tl.zeros((BM, RANK), dtype=tl.float32)
     end = tl.minimum(num_columns, (part + 1) * columns_a_part)
     for start in range(part * columns_a_part, end, 2 * HALF):
@@ -53,50 +53,52 @@ def _down_kernel(
         in_left, in_right = inside & (left < num_columns), inside & (right < num_columns)
         tile_left = tl.load(x + rows * x_stride + left, mask=in_left, other=0.0)
         tile_right = tl.load(x + rows * x_stride + right, mask=in_right, other=0.0)
-        weights = a + ranks[None, :] * num_columns + start + tl.arange(0, HALF)[:, None]
-        a_left = tl.load(weights, mask=(start + tl.arange(0, HALF)[:, None]) < num_columns, other=0.0)
-        a_right = tl.load(weights + HALF, mask=(start + HALF + tl.arange(0, HALF)[:, None]) < num_columns, other=0.0)
-        tl.store(out + rows * out_stride + left, tile_left, mask=in_left)
-        tl.store(out + rows * out_stride + right, tile_right, mask=in_right)
+        along = start + tl.arange(0, HALF)[:, None]
+        weights = a + (adapter * RANK + ranks[None, :]) * num_columns + along
+        a_left = tl.load(weights, mask=along < num_columns, other=0.0)
+        a_right = tl.load(weights + HALF, mask=along + HALF < num_columns, other=0.0)
+        if adapter == 0:
+            tl.store(out + rows * out_stride + left, tile_left, mask=in_left)
+            tl.store(out + rows * out_stride + right, tile_right, mask=in_right)
         if DROPOUT:
             bits_left, bits_right = _random16(hash_rows, start // 2 + lane, key)
             tile_left, tile_right = _keep(tile_left, bits_left, threshold), _keep(tile_right, bits_right, threshold)
         total = tl.dot(tile_left, a_left, total)
         total = tl.dot(tile_right, a_right, total)
-    tl.store(sums + (part * num_rows + first + rows) * RANK + ranks[None, :], total, mask=inside)
+    target = ((part * num_rows + first + rows) * ADAPTERS + adapter) * RANK + ranks[None, :]
+    tl.store(sums + target, total, mask=inside)
 
 
 @triton.jit
-def _sum_kernel(
-    sums, out, num_rows, num_columns, num_parts, factor, RANK: tl.constexpr, BM: tl.constexpr
-):  # fmt: skip
+def _sum_kernel(sums, out, num_rows, num_columns, num_parts, factor, WIDTH: tl.constexpr, BM: tl.constexpr):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
-    ranks = tl.arange(0, RANK)[None, :]
-    inside = rows < num_rows
-    total = tl.zeros((BM, RANK), dtype=tl.float32)
-    for part in range(num_parts):
-        total += tl.load(sums + (part * num_rows + rows) * RANK + ranks, mask=inside, other=0.0)
-    target = out + rows.to(tl.int64) * (num_columns + RANK) + num_columns + ranks
-    tl.store(target, (total * factor).to(out.dtype.element_ty), mask=inside)
+    lane = tl.arange(0, 64)[None, :]
+    for start in tl.static_range(0, WIDTH, 64):
+        valid = (rows < num_rows) & (start + lane < WIDTH)
+        total = tl.zeros((BM, 64), dtype=tl.float32)
+        for part in range(num_parts):
+            total += tl.load(sums + (part * num_rows + rows) * WIDTH + start + lane, mask=valid, other=0.0)
+        target = out + rows.to(tl.int64) * (num_columns + WIDTH) + num_columns + start + lane
+        tl.store(target, (total * factor).to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _grad_a_kernel(
-    x, grad_down, seed, out, num_rows, num_columns, rows_a_part, threshold, factor,
+    x, grad_down, seeds, out, num_rows, num_columns, rows_a_part, threshold, factor, ADAPTERS: tl.constexpr,
     RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * 2 * HALF
-    part = tl.program_id(1)
+    part, adapter = tl.program_id(1), tl.program_id(2)
     ranks, lane = tl.arange(0, RANK)[:, None], tl.arange(0, HALF)[None, :]
     left, right = start + lane, start + HALF + lane
-    stride = num_columns + RANK
+    stride = num_columns + ADAPTERS * RANK
     hash_stride = tl.cdiv(num_columns, 2 * HALF) * HALF
-    key = tl.load(seed)
+    key = tl.load(seeds + adapter)
     sum_left = tl.zeros((RANK, HALF), dtype=tl.float32)
     sum_right = tl.zeros((RANK, HALF), dtype=tl.float32)
     end = tl.minimum(num_rows, (part + 1) * rows_a_part)
     x += (part * rows_a_part).to(tl.int64) * stride
-    grad_down += (part * rows_a_part).to(tl.int64) * stride
+    grad_down += (part * rows_a_part).to(tl.int64) * stride + adapter * RANK
     rows = tl.arange(0, BM)
     offsets = rows[:, None] * stride
     for first in range(part * rows_a_part, end, BM):
@@ -111,14 +113,14 @@ def _grad_a_kernel(
             tile_left, tile_right = _keep(tile_left, bits_left, threshold), _keep(tile_right, bits_right, threshold)
         sum_left = tl.dot(grads, tile_left, sum_left)
         sum_right = tl.dot(grads, tile_right, sum_right)
-    target = out + (part * RANK + ranks) * num_columns
+    target = out + ((part * ADAPTERS + adapter) * RANK + ranks) * num_columns
     tl.store(target + left, sum_left * factor, mask=left < num_columns)
     tl.store(target + right, sum_right * factor, mask=right < num_columns)
 
 
 @triton.jit
 def _grad_x_kernel(
-    grad, a, seed, out, num_rows, num_columns, threshold, factor,
+    grad, a, seeds, out, num_rows, num_columns, threshold, factor, ADAPTERS: tl.constexpr,
     RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     first, start = tl.program_id(0) * BM, tl.program_id(1) * 2 * HALF
@@ -126,68 +128,72 @@ def _grad_x_kernel(
     left, right = start + lane, start + HALF + lane
     inside = first + rows < num_rows
     in_left, in_right = inside & (left < num_columns), inside & (right < num_columns)
-    stride = num_columns + RANK
+    stride = num_columns + ADAPTERS * RANK
     grad += first.to(tl.int64) * stride
     out += first.to(tl.int64) * num_columns
-    grads = tl.load(grad + rows * stride + num_columns + ranks[None, :], mask=inside, other=0.0)
-    weights = a + ranks[:, None] * num_columns
-    through_left = tl.dot(grads, tl.load(weights + left, mask=left < num_columns, other=0.0)) * factor
-    through_right = tl.dot(grads, tl.load(weights + right, mask=right < num_columns, other=0.0)) * factor
-    if DROPOUT:
-        hash_rows = (first + rows) * (tl.cdiv(num_columns, 2 * HALF) * HALF)
-        bits_left, bits_right = _random16(hash_rows, start // 2 + lane, tl.load(seed))
-        through_left = _keep(through_left, bits_left, threshold)
-        through_right = _keep(through_right, bits_right, threshold)
-    total_left = tl.load(grad + rows * stride + left, mask=in_left, other=0.0).to(tl.float32) + through_left
-    total_right = tl.load(grad + rows * stride + right, mask=in_right, other=0.0).to(tl.float32) + through_right
+    hash_rows = (first + rows) * (tl.cdiv(num_columns, 2 * HALF) * HALF)
+    total_left = tl.load(grad + rows * stride + left, mask=in_left, other=0.0).to(tl.float32)
+    total_right = tl.load(grad + rows * stride + right, mask=in_right, other=0.0).to(tl.float32)
+    for adapter in tl.static_range(ADAPTERS):
+        grads = tl.load(grad + rows * stride + num_columns + adapter * RANK + ranks[None, :], mask=inside, other=0.0)
+        weights = a + (adapter * RANK + ranks[:, None]) * num_columns
+        through_left = tl.dot(grads, tl.load(weights + left, mask=left < num_columns, other=0.0))
+        through_right = tl.dot(grads, tl.load(weights + right, mask=right < num_columns, other=0.0))
+        if DROPOUT:
+            bits_left, bits_right = _random16(hash_rows, start // 2 + lane, tl.load(seeds + adapter))
+            through_left = _keep(through_left, bits_left, threshold)
+            through_right = _keep(through_right, bits_right, threshold)
+        total_left += through_left * factor
+        total_right += through_right * factor
     tl.store(out + rows * num_columns + left, total_left.to(out.dtype.element_ty), mask=in_left)
     tl.store(out + rows * num_columns + right, total_right.to(out.dtype.element_ty), mask=in_right)
 
 
-def lora_down(x: torch.Tensor, a: torch.Tensor, seed: torch.Tensor, threshold: int, factor: float) -> torch.Tensor:
+def lora_down(x: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float) -> torch.Tensor:
     """See `latexocr.lora.lora_down`."""
-    (num_rows, num_columns), rank = x.shape, a.shape[0]
+    (num_rows, num_columns), width, adapters = x.shape, a.shape[0], len(seeds)
     height = 64 if num_rows < 8192 else 128
     strips, tiles = triton.cdiv(num_rows, height), triton.cdiv(num_columns, 2 * HALF)
-    tiles_a_part = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // strips)))
+    tiles_a_part = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // (strips * adapters))))
     parts = triton.cdiv(tiles, tiles_a_part)
-    out = x.new_empty(num_rows, num_columns + rank)
-    sums = torch.empty(parts, num_rows, rank, dtype=torch.float32, device=x.device)
-    _down_kernel[(strips, parts)](
-        x, x.stride(0), a, seed, out, sums, num_rows, num_columns, tiles_a_part * 2 * HALF, threshold,
-        RANK=rank, DROPOUT=threshold > 0, BM=height, HALF=HALF, num_warps=4, num_stages=3,
+    out = x.new_empty(num_rows, num_columns + width)
+    sums = torch.empty(parts, num_rows, width, dtype=torch.float32, device=x.device)
+    _down_kernel[(strips, parts, adapters)](
+        x, x.stride(0), a, seeds, out, sums, num_rows, num_columns, tiles_a_part * 2 * HALF, threshold,
+        ADAPTERS=adapters, RANK=width // adapters, DROPOUT=threshold > 0, BM=height, HALF=HALF,
+        num_warps=4, num_stages=3,
     )  # fmt: skip
-    _sum_kernel[(triton.cdiv(num_rows, 32),)](sums, out, num_rows, num_columns, parts, factor, RANK=rank, BM=32)
+    _sum_kernel[(triton.cdiv(num_rows, 16),)](sums, out, num_rows, num_columns, parts, factor, WIDTH=width, BM=16)
     return out
 
 
 def lora_grad_a(
-    x_and_down: torch.Tensor, grad_down: torch.Tensor, seed: torch.Tensor, threshold: int, factor: float
+    x_and_down: torch.Tensor, grad_down: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
 ) -> torch.Tensor:
     """See `latexocr.lora.lora_grad_a`; both arguments are parts of tensors of one row length."""
-    num_rows, rank = grad_down.shape
-    num_columns = x_and_down.shape[1] - rank
+    (num_rows, width), adapters = grad_down.shape, len(seeds)
+    num_columns = x_and_down.shape[1] - width
     tiles = triton.cdiv(num_columns, 2 * HALF)
-    parts = max(1, min(PROGRAMS // tiles, triton.cdiv(num_rows, 256)))
+    parts = max(1, min(PROGRAMS // (tiles * adapters), triton.cdiv(num_rows, 256)))
     rows_a_part = triton.cdiv(num_rows, parts * 64) * 64
-    sums = torch.empty(parts, rank, num_columns, dtype=torch.float32, device=x_and_down.device)
-    _grad_a_kernel[(tiles, parts)](
-        x_and_down, grad_down, seed, sums, num_rows, num_columns, rows_a_part, threshold, factor,
-        RANK=rank, DROPOUT=threshold > 0, BM=64, HALF=HALF, num_warps=4, num_stages=3,
+    sums = torch.empty(parts, width, num_columns, dtype=torch.float32, device=x_and_down.device)
+    _grad_a_kernel[(tiles, parts, adapters)](
+        x_and_down, grad_down, seeds, sums, num_rows, num_columns, rows_a_part, threshold, factor,
+        ADAPTERS=adapters, RANK=width // adapters, DROPOUT=threshold > 0, BM=64, HALF=HALF, num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums.sum(0) if parts > 1 else sums[0]
 
 
 def lora_grad_x(
-    grad: torch.Tensor, a: torch.Tensor, seed: torch.Tensor, threshold: int, factor: float
+    grad: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
 ) -> torch.Tensor:
     """See `latexocr.lora.lora_grad_x`."""
-    rank = a.shape[0]
-    num_rows, num_columns = grad.shape[0], grad.shape[1] - rank
+    width, adapters = a.shape[0], len(seeds)
+    num_rows, num_columns = grad.shape[0], grad.shape[1] - width
     out = grad.new_empty(num_rows, num_columns)
     _grad_x_kernel[(triton.cdiv(num_rows, 64), triton.cdiv(num_columns, 2 * HALF))](
-        grad, a, seed, out, num_rows, num_columns, threshold, factor,
-        RANK=rank, DROPOUT=threshold > 0, BM=64, HALF=HALF, num_warps=4,
+        grad, a, seeds, out, num_rows, num_columns, threshold, factor,
+        ADAPTERS=adapters, RANK=width // adapters, DROPOUT=threshold > 0, BM=64, HALF=HALF, num_warps=4,
     )  # fmt: skip
     return out
 

@@ -115,8 +115,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.fused_lora is None:
             self.fused_lora = self.compile_layers and on_gpu and runs_kernels(self.lora_r)
         if self.cuda_graphs is None:
-            self.cuda_graphs = self.fused_lora and self.flatten
-        if self.accelerator_config is None:
+            self.cuda_graphs = on_gpu and self.fused_lora and self.flatten
+        if self.accelerator_config is None and on_gpu:
             self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
         if self.fused_lora and self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
             # no random state to restore: dropout masks are a function of the seed
