@@ -12,13 +12,16 @@ import pytest
 import torch
 from conftest import MODEL_TYPES, ROOT, SAMPLE, write_records
 
+from latexocr.attention import VARLEN, set_attention
+from latexocr.collate import FlattenedCollator, rounded
 from latexocr.errors import InputError
+from latexocr.modeling import load_base, no_torch_checks
 from latexocr.preprocess import FormulaDataset
 from latexocr.records import read_records
 from latexocr.stopping import StopSignal
 from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
-from latexocr.vision_cache import FeatureFile, VisionCache
+from latexocr.vision_cache import FeatureFile, GivenFeatures, VisionCache
 
 
 def values(folder: Path, key: str = "loss") -> list[float]:
@@ -43,6 +46,42 @@ def test_losses_equal_training_from_pixels(model_type, flatten, tiny_models, con
     megabytes = (24 * 24 + tokens * width * 4) / 1e6
     assert f"features of 24 images, {megabytes:,.1f} MB in {features}" in capsys.readouterr().out
     assert not (features / "vision_features").exists()
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_rounded_up_batches(model_type, tiny_models, config, records):
+    """Filled up for CUDA graphs, with features in the place of pixels: the logits of the plain batch."""
+    folder, preprocessor = load_preprocessor(config(model_name_or_path=str(tiny_models[model_type])))
+    model = load_base(folder, dtype=torch.float32)
+    set_attention(model, VARLEN)
+    samples = [preprocessor(record) for record in read_records(records["train"])[:3]]
+    given = []
+    for sample in samples:
+        with torch.no_grad():
+            output = model.model.visual(sample["pixel_values"], grid_thw=sample["image_grid_thw"])
+        deepstack = output.deepstack_features if model_type == "qwen3_vl" else []
+        features = torch.cat([output.pooler_output, *deepstack], dim=1)
+        given.append({key: value for key, value in sample.items() if key != "pixel_values"})
+        given[-1]["image_features"] = features
+
+    def logits(samples: list[dict[str, torch.Tensor]], round_up: bool) -> torch.Tensor:
+        tokenizer, family = preprocessor.processor.tokenizer, preprocessor.family
+        batch = FlattenedCollator(tokenizer=tokenizer, family=family, round_up=round_up)(samples)
+        if round_up:
+            num_tokens = sum(len(features["image_features"]) for features in samples)
+            exact = model_type == "qwen3_vl"  # its first decoder layers add features token by token
+            assert len(batch["image_features"]) == (num_tokens if exact else rounded(num_tokens))
+            batch["pixel_values"] = batch.pop("image_features")
+        batch["image_grid_thw"] = torch.tensor(batch["image_grid_thw"])
+        inputs = {key: value for key, value in batch.items() if key not in ("labels", "num_samples", "num_tokens")}
+        with torch.no_grad(), no_torch_checks():
+            return model(**inputs, use_cache=False).logits[0]
+
+    plain = logits(samples, round_up=False)
+    given_features = GivenFeatures(model)
+    assert torch.allclose(logits(given, round_up=True)[: len(plain)], plain, atol=1e-5)
+    with given_features.paused():
+        assert torch.equal(logits(samples, round_up=False), plain)
 
 
 def test_file_to_check_by_hand(tmp_path):
