@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -125,21 +125,24 @@ def no_progress_bars() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_torch_checks() -> Iterator[None]:
-    """Without transformers' check that image tokens and features are equally many, which waits for the GPU.
+def trusted_placeholders(model: Any) -> Iterator[None]:
+    """Without transformers' check that image tokens and features are equally many: it waits for the GPU.
 
     `latexocr.preprocess` writes the tokens from the same grid.
     """
-    name = "TRANSFORMERS_DISABLE_TORCH_CHECK"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+    inner = inner_model(model).model
+    inner.get_placeholder_mask = functools.partial(_placeholder_masks, inner.config)
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[name]
-        else:
-            os.environ[name] = before
+        del inner.get_placeholder_mask
+
+
+def _placeholder_masks(
+    config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, length, 1) twice: where image features and where video features belong."""
+    return tuple((input_ids == token)[..., None] for token in (config.image_token_id, config.video_token_id))
 
 
 def load_base(

@@ -36,7 +36,7 @@ from latexocr.images import load_image
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
 from latexocr.metrics import score
-from latexocr.modeling import no_torch_checks
+from latexocr.modeling import trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
@@ -190,7 +190,7 @@ class FormulaTrainer(Trainer):
             self._loras.prepare()
         if isinstance(inputs["image_grid_thw"], tuple):
             inputs["image_grid_thw"] = torch.tensor(inputs["image_grid_thw"])  # on the CPU, where it is read
-        with no_torch_checks():
+        with trusted_placeholders(self.model):
             outputs = model(**inputs, use_cache=False)
         if self._head is None:
             return supervised_loss(outputs.logits, targets, num_items), outputs
