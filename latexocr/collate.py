@@ -43,14 +43,17 @@ class FormulaCollator(DataCollatorForSeq2Seq):
             )
             extra = batch["input_ids"].shape[1] - padded.shape[1]  # pad_to_multiple_of
             batch[key] = pad(padded, (extra, 0), value=value)
-        for key in self.family.concatenated:
-            batch[key] = torch.cat([feature[key] for feature in features])
+        batch |= self._joined(features)
         if "labels" in text[0]:
             supervised = (batch["labels"][:, 1:] != self.label_pad_token_id).any(dim=0)
             batch["logits_to_keep"] = supervised.nonzero()[:, 0]
         else:
             del batch["labels"]  # the stock collator invents `labels: None`
         return batch
+
+    def _joined(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        keys = [key for key in self.family.concatenated if key in features[0]]
+        return {key: torch.cat([feature[key] for feature in features]) for key in keys}
 
 
 @dataclass
@@ -90,7 +93,7 @@ class FlattenedCollator(FormulaCollator):
             kept = pad(kept, (0, rounded(len(kept), steps=4) - len(kept)), value=len(labels) - 2)
         return {
             **batch,
-            **self._images(features),
+            **(self._given(features) if "image_features" in features[0] else self._images(features)),
             "input_ids": input_ids[None],
             "labels": labels[None],
             "logits_to_keep": kept,
@@ -98,6 +101,13 @@ class FlattenedCollator(FormulaCollator):
             "text_cu_seqlens": _boundaries(lengths),
             "text_max_seqlen": bucketed(max(lengths)),
         }
+
+    def _given(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        """Features in the place of pixels, as of one picture: only their number is read from the grid."""
+        rows = torch.cat([feature["image_features"] for feature in features])
+        if self.round_up and not self.family.deepstack:
+            rows = pad(rows, (0, 0, 0, rounded(len(rows)) - len(rows)))
+        return {"image_features": rows, "image_grid_thw": ((1, self.merge_size, self.merge_size * len(rows)),)}
 
     def _images(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         grids = torch.cat([feature["image_grid_thw"] for feature in features])

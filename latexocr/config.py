@@ -58,10 +58,13 @@ class TrainOptions:
     # optimisation (TrainingArguments fields with our defaults)
     num_train_epochs: float = option(2.0, "passes over the training records")
     per_device_train_batch_size: int = option(4, "samples a device and micro-batch")
+    max_tokens_per_batch: int | None = option(None, "tokens a device and micro-batch, in place of a number of samples")
+    max_patches_per_batch: int | None = option(None, "vision patches a device and micro-batch, likewise")
     gradient_accumulation_steps: int = option(4, "micro-batches a step")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
     bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")
     flatten: bool | None = option(None, "batches in one row without padding (default: where the GPU can, and on CPUs)")
+    cache_vision_features: bool = option(False, "compute the frozen vision tower's output once, keep it on disk")
     compile_layers: bool | None = option(
         None, "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)"
     )

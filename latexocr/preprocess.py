@@ -8,7 +8,7 @@ is ever cut. It runs lazily in data-loader workers, so no pixel is ever cached o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,7 +70,13 @@ class Preprocessor:
 
     def sample(self, image: ImageInput, text: str, where: str | None = None) -> dict[str, torch.Tensor]:
         """`__call__` for a picture and an answer that are not in a record."""
-        features = self.prompt_features(image, where)
+        return self.sample_of(self.patches(image, where), text, where)
+
+    def sample_of(
+        self, vision: dict[str, torch.Tensor], text: str, where: str | None = None
+    ) -> dict[str, torch.Tensor]:
+        """`__call__` for an image's tensors, as `patches` gives them."""
+        features = self._prompt_around(vision)
         prompt_ids = features["input_ids"]
         answer_ids = torch.tensor(self.answer_ids(text, where))
         features["input_ids"] = torch.cat([prompt_ids, answer_ids])
@@ -82,18 +88,24 @@ class Preprocessor:
 
     def prompt_features(self, image: ImageInput, where: str | None = None) -> dict[str, torch.Tensor]:
         """What generation starts from: the same prompt, token types and patches as in training, no answer."""
+        return self._prompt_around(self.patches(image, where))
+
+    def patches(self, image: ImageInput, where: str | None = None) -> dict[str, torch.Tensor]:
+        """`pixel_values` (patches, channels * temporal * patch * patch) and `image_grid_thw` (1, 3) of a picture."""
         picture = self.policy.apply(load_image(image, where))
         # The policy has done the resizing; the image processor normalises and cuts patches.
         patches = self.processor.image_processor(images=[picture], do_resize=False, return_tensors="pt")
-        num_tokens = int(patches["image_grid_thw"].prod()) // self.processor.image_processor.merge_size**2
+        return {"pixel_values": patches["pixel_values"], "image_grid_thw": patches["image_grid_thw"]}
+
+    def _prompt_around(self, vision: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        num_tokens = int(vision["image_grid_thw"].prod()) // self.processor.image_processor.merge_size**2
         before, after = self._prompt_halves
         input_ids = torch.tensor([*before, *[self.processor.image_token_id] * num_tokens, *after])
         return {
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
-            "pixel_values": patches["pixel_values"],
-            "image_grid_thw": patches["image_grid_thw"],
+            **vision,
         }
 
     def answer_ids(self, text: str, where: str | None = None) -> list[int]:
@@ -157,7 +169,12 @@ class Preprocessor:
 
 
 class FormulaDataset(Dataset):
-    """Records, preprocessed one by one when a data-loader worker asks for them."""
+    """Records, preprocessed one by one when a data-loader worker asks for them.
+
+    `vision`, when it is set, gives the tensors of a record's image by index, and the image is not decoded.
+    """
+
+    vision: Callable[[int], dict[str, torch.Tensor]] | None = None
 
     def __init__(self, records: Sequence[Record], preprocessor: Preprocessor) -> None:
         self.records, self.preprocessor = records, preprocessor
@@ -166,10 +183,13 @@ class FormulaDataset(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index != MASKED:
-            return self.preprocessor(self.records[index])
-        sample = self.preprocessor(self.records[0])
-        sample["labels"] = torch.full_like(sample["labels"], IGNORED)
+        row = 0 if index == MASKED else index
+        if self.vision is None:
+            sample = self.preprocessor(self.records[row])
+        else:
+            sample = self.preprocessor.sample_of(self.vision(row), self.records[row].text, self.records[row].where)
+        if index == MASKED:
+            sample["labels"] = torch.full_like(sample["labels"], IGNORED)
         return sample
 
 

@@ -45,9 +45,11 @@ from latexocr.modeling import (
 )
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_sample, select
 from latexocr.records import read_records
+from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
 from latexocr.tracking import METRICS_FILE, MetricsFile, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.trainer import FormulaTrainer
+from latexocr.vision_cache import GivenFeatures, VisionCache
 
 logger = logging.getLogger(__name__)
 MAX_WORKERS = 8
@@ -98,6 +100,13 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
+        frozen = not {"vision", "merger"} & set(self.lora_components)
+        if self.cache_vision_features and not frozen:
+            raise InputError(
+                "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
+            )
+        if self.by_budget and not self.flatten:
+            raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
         sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
         if self.compile_layers is None:
             self.compile_layers = self.bf16 and self.flatten and on_gpu and not sharded
@@ -125,9 +134,10 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on; "
                 "add one or set --eval_strategy no"
             )
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
-                     "max_length", "max_new_tokens"):  # fmt: skip
-            if getattr(self, name) < 1:
+        for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_patches_per_batch",
+                     "gradient_accumulation_steps", "per_device_eval_batch_size", "max_length",
+                     "max_new_tokens"):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
@@ -136,14 +146,23 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 f"metric_for_best_model {self.metric_for_best_model!r} needs eval_generate_samples above 0"
             )
         unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False}
+        hints = {"torch_compile": "; compile_layers compiles"}
+        if self.by_budget:
+            unused["per_device_train_batch_size"] = TrainOptions.per_device_train_batch_size
+            hints["per_device_train_batch_size"] = "; the budget says how large a batch is"
         for name, default in unused.items():
             if getattr(self, name) != default:
-                hint = "; compile_layers compiles" if name == "torch_compile" else ""
                 raise InputError(
-                    f"{name} is set to {getattr(self, name)!r}, but has no effect here: leave it out{hint}"
+                    f"{name} is set to {getattr(self, name)!r}, but has no effect here: leave it out"
+                    f"{hints.get(name, '')}"
                 )
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
+
+    @property
+    def by_budget(self) -> bool:
+        """Whether a budget of tokens or patches, not a number of samples, says how large a micro-batch is."""
+        return self.max_tokens_per_batch is not None or self.max_patches_per_batch is not None
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
@@ -223,6 +242,7 @@ def train(config: TrainConfig) -> TrainResult:
     processor, family = preprocessor.processor, preprocessor.family
     training = _select(config, config.train_json, preprocessor)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
+    batches = _batches_by_budget(config, training, processor)
     checkpoint = _checkpoint_to_resume(config)
     output_dir = _check_output_dir(config, checkpoint)
 
@@ -255,6 +275,7 @@ def train(config: TrainConfig) -> TrainResult:
             contract=contract,
             generation=generation,
             stop=stop,
+            batches=batches,
             on_board=tracker.log_samples,
             train_dataset=FormulaDataset(training.records, preprocessor),
             eval_dataset=FormulaDataset(validation.records, preprocessor) if validation else None,
@@ -263,14 +284,17 @@ def train(config: TrainConfig) -> TrainResult:
             processing_class=processor,
             callbacks=[MetricsFile(), tracker.callback(), *_early_stopping(config)],
         )
+        cache = VisionCache(trainer, training, preprocessor, contract) if config.cache_vision_features else None
         if trainer.is_world_process_zero():
             if checkpoint is None:
                 _discard_earlier_run(output_dir)
-            print(announce(trainer, training, validation), flush=True)
+            print(announce(trainer, training, validation, cache), flush=True)
             write_text(
                 output_dir / "config.yaml",
                 yaml.safe_dump(config.resolved(), allow_unicode=True, sort_keys=False),
             )
+        if cache:
+            trainer.train_dataset.vision, trainer.given_features = cache.filled(), GivenFeatures(model)
         with suppress(StoppedInEvaluation):  # its checkpoint is written
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.received:
@@ -279,6 +303,8 @@ def train(config: TrainConfig) -> TrainResult:
         else:
             adapter_dir = output_dir / "adapter"
             trainer.save_model(str(adapter_dir))
+            if cache:
+                cache.remove()
         if trainer.is_world_process_zero() and tracker.run.get("mode") == "local":
             logger.info(f"dashboard: {dashboard_command(output_dir / 'swanlog')}")
     return TrainResult(
@@ -290,7 +316,9 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
 
-def announce(trainer: FormulaTrainer, training: Selection, validation: Selection | None) -> str:
+def announce(
+    trainer: FormulaTrainer, training: Selection, validation: Selection | None, cache: VisionCache | None = None
+) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
     config, dataset = trainer.args, trainer.train_dataset
     # ZeRO-3 has sharded the weights already: their own size is 0, ds_numel the whole one
@@ -298,8 +326,15 @@ def announce(trainer: FormulaTrainer, training: Selection, validation: Selection
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
-    batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-    steps_an_epoch = math.ceil(len(training.records) / batch)
+    if trainer.batches is None:
+        size = f"{config.per_device_train_batch_size} a device"
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        steps_an_epoch = math.ceil(len(training.records) / batch)
+    else:
+        bounds = {"tokens": config.max_tokens_per_batch, "patches": config.max_patches_per_batch}
+        size = "at most " + " and ".join(f"{bound:,} {name}" for name, bound in bounds.items() if bound) + " a device"
+        steps_an_epoch = math.ceil(len(trainer.batches) / config.gradient_accumulation_steps)
+        batch = f"about {len(training.records) / steps_an_epoch:.1f}"
     steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
     lines = [
         f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
@@ -314,9 +349,14 @@ def announce(trainer: FormulaTrainer, training: Selection, validation: Selection
             f"validation  {len(validation.records):,} records, {len(validation.dropped):,} dropped as overlong; "
             f"{generated:,} of them generated, evaluated each {config.eval_strategy.value}"
         )
+    if cache:
+        lines.append(
+            f"vision      features of {len(training.records):,} images, {cache.file.num_bytes / 1e6:,.1f} MB in "
+            f"{cache.file.path.parent}, removed at the end"
+        )
     lines += [
-        f"steps       {steps:,} of {batch} records ({config.per_device_train_batch_size} a device x "
-        f"{config.gradient_accumulation_steps} accumulated x {config.world_size} ranks), {steps_an_epoch:,} an epoch",
+        f"steps       {steps:,} of {batch} records ({size} x {config.gradient_accumulation_steps} accumulated x "
+        f"{config.world_size} ranks), {steps_an_epoch:,} an epoch",
         f"example     {decode_sample(dataset[0], dataset.preprocessor)}",
     ]
     return "\n".join(lines)
@@ -465,6 +505,20 @@ def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: 
     merge_size = processor.image_processor.merge_size
     return FlattenedCollator(
         tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size, round_up=config.cuda_graphs
+    )
+
+
+def _batches_by_budget(config: TrainConfig, training: Selection, processor: Any) -> BudgetSampler | None:
+    if not config.by_budget:
+        return None
+    return BudgetSampler(
+        training,
+        patches_per_token=processor.image_processor.merge_size**2,
+        max_tokens=config.max_tokens_per_batch,
+        max_patches=config.max_patches_per_batch,
+        rank=config.process_index,
+        world_size=config.world_size,
+        seed=config.data_seed if config.data_seed is not None else config.seed,
     )
 
 

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.utils.data import DataLoader, Sampler
+from accelerate.data_loader import prepare_data_loader
+from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -37,30 +38,12 @@ from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_ta
 from latexocr.metrics import score
 from latexocr.modeling import trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
+from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
 from latexocr.tracking import Sample
+from latexocr.vision_cache import GivenFeatures
 
 LOSS_METER = "loss_meter.json"
-
-
-class EpochSampler(Sampler[int]):
-    """A seeded permutation an epoch, padded with `MASKED` to a whole number of steps on every rank.
-
-    Why: accelerate deals whole batches to the ranks and repeats samples where they do not divide. Padding with
-    samples that carry no supervised token keeps each step's set of samples, and so its loss and gradient, the
-    same for any number of ranks.
-    """
-
-    def __init__(self, num_samples: int, *, multiple: int, seed: int) -> None:
-        self.num_samples, self.multiple, self.seed, self.epoch = num_samples, multiple, seed, 0
-
-    def __len__(self) -> int:
-        return -(-self.num_samples // self.multiple) * self.multiple
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.num_samples, generator=generator).tolist()
-        yield from [MASKED] * (len(self) - self.num_samples)
 
 
 class FormulaTrainer(Trainer):
@@ -70,6 +53,7 @@ class FormulaTrainer(Trainer):
         contract: written beside every checkpoint.
         generation: greedy settings with `max_new_tokens` for validation.
         stop: the signal watcher, also asked during validation.
+        batches: this rank's micro-batches, where they are not of `per_device_train_batch_size` samples.
         eval_collator: padded batches for validation; `data_collator` makes the training batches.
         on_board: called on the main process after every validation with the fixed samples, predictions filled in.
         kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s.
@@ -83,6 +67,7 @@ class FormulaTrainer(Trainer):
         stop: StopSignal,
         on_board: Callable[[list[Sample], int], None],
         eval_collator: Callable[[list[dict]], dict[str, torch.Tensor]],
+        batches: BudgetSampler | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)  # given, so that tokens are counted
@@ -101,7 +86,9 @@ class FormulaTrainer(Trainer):
         if self.is_fsdp_enabled:
             check_fsdp(self.accelerator.state.fsdp_plugin)
         self.contract, self.generation, self.stop, self.on_board = contract, generation, stop, on_board
-        self._sampler: EpochSampler | None = None
+        self.batches = batches
+        self.given_features: GivenFeatures | None = None
+        self._sampler: EpochSampler | BudgetSampler | None = batches
         self._resumed_from: str | None = None
         self._weights_step: int | None = None
         self._restart_meter()
@@ -120,10 +107,33 @@ class FormulaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock loader with workers that survive a signal to the whole job."""
+        if self.batches is not None:
+            return self._loader_by_budget(self.batches)
         loader = super().get_train_dataloader()
         inner = loader.base_dataloader  # accelerate iterates over this one
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
         return loader
+
+    def _loader_by_budget(self, batches: BudgetSampler) -> DataLoader:
+        """Every rank has its own batches: accelerate only moves them to the device, as one process of one."""
+        loader = DataLoader(
+            self.train_dataset,
+            batch_sampler=batches,
+            collate_fn=self.data_collator,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=self.args.dataloader_pin_memory,
+            persistent_workers=self.args.dataloader_persistent_workers,
+            prefetch_factor=self.args.dataloader_prefetch_factor,
+            worker_init_fn=outlive_stop_signals,
+        )
+        return prepare_data_loader(
+            loader,
+            self.args.device,
+            num_processes=1,
+            process_index=0,
+            put_on_device=True,
+            non_blocking=self.accelerator.non_blocking,
+        )
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; replayed as a CUDA graph where that is possible."""
@@ -174,6 +184,8 @@ class FormulaTrainer(Trainer):
     def _loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> tuple[torch.Tensor, Any]:
         inputs = dict(inputs)
         targets = supervised_targets(inputs.pop("labels"), inputs["logits_to_keep"])
+        if "image_features" in inputs:  # the tower hands them on, see `GivenFeatures`
+            inputs["pixel_values"] = inputs.pop("image_features")
         if self._loras:
             self._loras.prepare()
         if isinstance(inputs["image_grid_thw"], tuple):
@@ -242,13 +254,16 @@ class FormulaTrainer(Trainer):
 
     @contextmanager
     def _as_for_inference(self) -> Iterator[None]:
-        """Evaluation mode, stock attention (padded batches, a growing cache), nothing compiled."""
+        """Evaluation mode, stock attention (padded batches, a growing cache), nothing compiled, images from pixels."""
         training = self.model.training
         self.model.eval()
         if self.args.flatten:
             set_attention(self.model, "sdpa")
         try:
-            with self._compiled.paused() if self._compiled else nullcontext():
+            with (
+                self._compiled.paused() if self._compiled else nullcontext(),
+                self.given_features.paused() if self.given_features else nullcontext(),
+            ):
                 yield
         finally:
             if self.args.flatten:

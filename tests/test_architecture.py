@@ -15,7 +15,7 @@ LAYERS = (
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
     {"contract", "attention", "lora"},
     {"modeling", "preprocess"},
-    {"collate", "generate", "build", "loss"},
+    {"collate", "generate", "build", "loss", "sampling", "vision_cache"},
     {"predict"},
     {"trainer", "evaluate", "merge"},
     {"train"},

@@ -12,9 +12,10 @@ from latexocr.errors import InputError
 from latexocr.loss import supervised_loss, supervised_targets
 from latexocr.modeling import add_lora, family_in, load_base, trainable_parameters
 from latexocr.records import read_records
+from latexocr.sampling import EpochSampler
 from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
-from latexocr.trainer import EpochSampler, share_of, spread
+from latexocr.trainer import share_of, spread
 
 
 def losses(result, key: str = "loss") -> list[float]:

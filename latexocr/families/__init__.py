@@ -18,7 +18,8 @@ class Family:
         lora_targets: component -> regular expression over full module paths. Full paths, because short names
             collide: a `gate_proj` is in Qwen2.5-VL's language model and in its vision tower.
         padded: per-token inputs that the tokenizer does not pad, with their padding value.
-        concatenated: per-image inputs, joined along their first dimension.
+        concatenated: per-image inputs, joined along their first dimension; those that a batch has.
+        deepstack: the vision tower also gives features of its middle layers to the first decoder layers.
         grid_free: the vision tower knows pictures by boundaries and positions alone, not by their grids.
     """
 
@@ -27,7 +28,8 @@ class Family:
     end_token: str = "<|im_end|>"
     lora_targets: dict[str, str] = field(default_factory=dict)
     padded: tuple[tuple[str, int], ...] = (("mm_token_type_ids", 0),)
-    concatenated: tuple[str, ...] = ("pixel_values", "image_grid_thw")
+    concatenated: tuple[str, ...] = ("pixel_values", "image_features", "image_grid_thw")
+    deepstack: bool = False
     grid_free: bool = False
 
     def target_regex(self, components: list[str]) -> str:

@@ -5,6 +5,7 @@ from latexocr.families import LANGUAGE, Family
 FAMILY = Family(
     name="Qwen3-VL",
     model_types=("qwen3_vl",),
+    deepstack=True,
     lora_targets={
         "language": LANGUAGE,
         "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12])",

@@ -1,0 +1,238 @@
+"""Features of a frozen vision tower, computed once into a file, and read in the place of pixels ever after.
+
+Why: where only the language model is trained, the tower says the same about an image in every epoch. With its
+answers on disk no image is decoded and no vision block runs in any step; the operating system keeps the file in
+memory as far as there is room.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
+
+from latexocr.contract import Contract, write_text
+from latexocr.errors import InputError
+from latexocr.modeling import inner_model
+from latexocr.preprocess import Preprocessor, Selection
+from latexocr.records import Record
+from latexocr.stopping import outlive_stop_signals
+
+FOLDER = "vision_features"  # in output_dir: kept for resuming, removed when training has come to its end
+GRID_BYTES = 24  # time, height and width of an image, in front of its features
+
+
+class FeatureFile:
+    """Grid and features of every image, one behind the other in one file.
+
+    Args:
+        path: the file; opened at each access, so that any process may read and write its own images.
+        image_tokens: visual tokens of each image.
+        width: numbers a visual token.
+        dtype: of the features.
+    """
+
+    def __init__(self, path: Path, image_tokens: list[int], width: int, dtype: torch.dtype) -> None:
+        self.path, self.width, self.dtype = path, width, dtype
+        sizes = torch.tensor(image_tokens) * width * dtype.itemsize + GRID_BYTES
+        self._ends = sizes.cumsum(0)
+        self.num_bytes = int(self._ends[-1])
+
+    def _start(self, index: int) -> int:
+        return int(self._ends[index - 1]) if index else 0
+
+    def write(self, index: int, grid: torch.Tensor, features: torch.Tensor) -> None:
+        """Store one image.
+
+        Args:
+            index: number of the image.
+            grid: (3,) patches in time, height, width.
+            features: (visual tokens, width)
+        """
+        content = grid.long().numpy().tobytes() + features.contiguous().view(torch.uint8).numpy().tobytes()
+        assert len(content) == int(self._ends[index]) - self._start(index), "not the number of visual tokens"
+        with self.path.open("r+b") as file:
+            file.seek(self._start(index))
+            file.write(content)
+
+    def __call__(self, index: int) -> dict[str, torch.Tensor]:
+        """`image_features` (visual tokens, width) and `image_grid_thw` (1, 3) of one image."""
+        with self.path.open("rb") as file:
+            file.seek(self._start(index))
+            content = bytearray(file.read(int(self._ends[index]) - self._start(index)))
+        return {
+            "image_features": torch.frombuffer(content, dtype=self.dtype, offset=GRID_BYTES).view(-1, self.width),
+            "image_grid_thw": torch.frombuffer(content, dtype=torch.long, count=3)[None],
+        }
+
+
+@dataclass
+class _Handed:
+    """What the models ask of a vision tower's output."""
+
+    pooler_output: torch.Tensor
+    deepstack_features: list[torch.Tensor]
+
+
+class GivenFeatures:
+    """The vision tower of `model` hands on features that come as `pixel_values`, on during training steps only.
+
+    Instead of `mm_encoder_outputs`, which transformers 5.23 knows and 5.17 does not.
+
+    Args:
+        model: with or without adapter.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        inner = inner_model(model)
+        self._visual, self._width = inner.model.visual, inner.config.get_text_config().hidden_size
+        self._visual.forward = self._hand_on
+
+    def _hand_on(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **_: Any) -> _Handed:
+        pooler_output, *deepstack_features = hidden_states.split(self._width, dim=1)
+        return _Handed(pooler_output, deepstack_features)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """The tower looks at pixels again inside."""
+        del self._visual.forward
+        try:
+            yield
+        finally:
+            self._visual.forward = self._hand_on
+
+
+class VisionCache:
+    """Computes the features of a training's images, each rank a part of them, unless an earlier start has.
+
+    Args:
+        trainer: a `FormulaTrainer` with the model on its device.
+        selection: the training records with their lengths.
+        preprocessor: as for training.
+        contract: tells base model and image policy.
+
+    Raises:
+        InputError: weights sharded over the ranks, or too little room on the disk.
+    """
+
+    def __init__(self, trainer: Any, selection: Selection, preprocessor: Preprocessor, contract: Contract) -> None:
+        if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
+            raise InputError("cache_vision_features needs whole weights on every rank: not with FSDP or DeepSpeed")
+        self.trainer, self.contract, self.deepstack = trainer, contract, preprocessor.family.deepstack
+        self.images = _Images(selection.records, preprocessor)
+        (example,) = self._features([self.images[0]])
+        self.file = FeatureFile(
+            Path(trainer.args.output_dir) / FOLDER / "features.bin",
+            [count.image for count in selection.counts],
+            example.shape[1],
+            example.dtype,
+        )
+        held = self.file.path.stat().st_blocks * 512 if self.file.path.is_file() else 0
+        free = shutil.disk_usage(trainer.args.output_dir).free
+        if self.file.num_bytes > free + held:
+            raise InputError(
+                f"{trainer.args.output_dir}: the vision features need {self.file.num_bytes / 1e9:.1f} GB, "
+                f"{free / 1e9:.1f} GB are free; choose another --output_dir or leave out cache_vision_features"
+            )
+
+    def filled(self) -> FeatureFile:
+        """The file, complete: as it is where base model, images and image policy are still the same, else new.
+
+        Raises:
+            InputError: an image cannot be read, or the ranks do not share `output_dir`.
+        """
+        accelerator, description = self.trainer.accelerator, self._description()
+        marker = self.file.path.with_name("complete.json")
+        ready = marker.is_file() and json.loads(marker.read_text(encoding="utf-8")) == description
+        num_ready = accelerator.reduce(torch.tensor(int(ready), device=accelerator.device), reduction="sum")
+        if int(num_ready) < accelerator.num_processes:
+            if accelerator.is_main_process:
+                self.file.path.parent.mkdir(exist_ok=True)
+                marker.unlink(missing_ok=True)
+                self.file.path.write_bytes(b"")
+            accelerator.wait_for_everyone()
+            self._compute()
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                write_text(marker, json.dumps(description, indent=2) + "\n")
+        return self.file
+
+    def remove(self) -> None:
+        """Free the disk, once no rank reads any more."""
+        self.trainer.accelerator.wait_for_everyone()
+        if self.trainer.accelerator.is_main_process:
+            shutil.rmtree(self.file.path.parent)
+
+    def _description(self) -> dict[str, Any]:
+        """What the features depend on; images by name, size and time of change."""
+        digest = hashlib.sha256()
+        for record in self.images.records:
+            status = record.image_path.stat()
+            digest.update(f"{record.image_path} {status.st_size} {status.st_mtime_ns}\n".encode())
+        return {
+            "base_fingerprint": self.contract.base_fingerprint,
+            "image_policy": asdict(self.contract.image_policy),
+            "images": digest.hexdigest(),
+            "width": self.file.width,
+            "dtype": str(self.file.dtype),
+        }
+
+    def _compute(self) -> None:
+        if not self.file.path.is_file():
+            raise InputError(
+                f"{self.file.path.parent.parent}: must be one folder for all nodes to cache_vision_features"
+            )
+        args = self.trainer.args
+        mine = range(args.process_index, len(self.images), args.world_size)
+        loader = DataLoader(
+            self.images,
+            sampler=mine,
+            batch_size=args.per_device_eval_batch_size,
+            collate_fn=list,
+            num_workers=args.dataloader_num_workers,
+            worker_init_fn=outlive_stop_signals,
+            generator=torch.Generator(),  # the global one belongs to training
+        )
+        hidden = args.disable_tqdm or args.process_index > 0
+        with tqdm(total=len(mine), desc="vision features", unit=" images", disable=hidden) as bar:
+            indices = iter(mine)
+            for images in loader:
+                if self.trainer.stop.received:
+                    raise SystemExit(128 + self.trainer.stop.received)  # there is no step to finish yet
+                for image, features in zip(images, self._features(images), strict=True):
+                    self.file.write(next(indices), image["image_grid_thw"][0], features)
+                bar.update(len(images))
+
+    @torch.no_grad()
+    def _features(self, images: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
+        """Features of each image, (visual tokens, width); deepstack features stand beside the others."""
+        visual = inner_model(self.trainer.model).model.visual
+        pixels, grids = (torch.cat([image[key] for image in images]) for key in ("pixel_values", "image_grid_thw"))
+        sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
+        with self.trainer.accelerator.autocast():
+            output = visual(pixels.to(visual.device, visual.dtype), grid_thw=grids.to(visual.device))
+        columns = [output.pooler_output, *(output.deepstack_features if self.deepstack else [])]
+        return torch.cat(columns, dim=1).cpu().split(sizes)
+
+
+@dataclass(frozen=True)
+class _Images(Dataset):
+    """The records' images as patches."""
+
+    records: list[Record]
+    preprocessor: Preprocessor
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.preprocessor.patches(self.records[index].image_path, self.records[index].where)
