@@ -114,7 +114,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 "add one or set --eval_strategy no"
             )
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "per_device_eval_batch_size",
-                     "max_length", "max_new_tokens"):  # fmt: skip
+                     "generate_batch_size", "max_length", "max_new_tokens"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
