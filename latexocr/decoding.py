@@ -260,19 +260,25 @@ class Decoder:
             "image_cu_seqlens": pad(patches.cumsum(0), (1, 0)).int(),
             "logits_to_keep": ends - 1,
         }
-        rows, columns = (index.to(self._device) for index in (rows + first_row, columns))
+        rows, columns = self._send(rows + first_row), self._send(columns)
         self._mask[rows, columns] = 0
         here = slice(first_row, first_row + len(prompts))
-        self._positions[here] = positions[0, ends - 1].to(self._device)
+        self._positions[here] = self._send(positions[0, ends - 1])
         with self._cache.filling(rows, columns):
             logits = self._inner(
-                **{name: value.to(self._device) for name, value in inputs.items()},
+                **{name: self._send(value) for name, value in inputs.items()},
                 text_max_seqlen=bucketed(int(lengths.max())),
                 image_max_seqlen=bucketed(int(patches.max())),
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits[0]
         self._emit(logits, here)
+
+    def _send(self, tensor: torch.Tensor) -> torch.Tensor:
+        """To the device without waiting: it is still busy with the prompts before."""
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self._device, non_blocking=True)
 
     def _emit(self, logits: torch.Tensor, rows: slice) -> None:
         """Take the best token of each row, (rows, vocabulary) -> `_tokens` and `_answers`."""
@@ -403,15 +409,20 @@ def _prompts(batch: dict[str, torch.Tensor], merge_size: int) -> list[dict[str, 
     prompts = []
     pixels = batch["pixel_values"].split(grids.prod(dim=1).tolist())
     for row, keep in enumerate(batch["attention_mask"].bool()):
-        grid = grids[row : row + 1]
         types = batch["mm_token_type_ids"][row, keep]
         prompts.append({
             "input_ids": batch["input_ids"][row, keep],
-            "position_ids": rope_positions(types, grid, merge_size),
+            "position_ids": _positions(types.numpy().tobytes(), tuple(grids[row].tolist()), merge_size),
             "pixel_values": pixels[row],
-            "image_grid_thw": grid,
+            "image_grid_thw": grids[row : row + 1],
         })  # fmt: skip
     return prompts
+
+
+@functools.lru_cache(maxsize=1024)
+def _positions(types: bytes, grid: tuple[int, ...], merge_size: int) -> torch.Tensor:
+    """`rope_positions`, computed once for all pictures of a size."""
+    return rope_positions(torch.frombuffer(bytearray(types), dtype=torch.long), torch.tensor([grid]), merge_size)
 
 
 def _chunk_ends(prompts: list[dict[str, torch.Tensor]]) -> Iterator[int]:
