@@ -130,7 +130,7 @@ class Decoder:
 
     def close(self) -> None:
         """Release graphs and memory."""
-        self._cache, self._graphs = None, {}
+        self._cache, self._graphs, self._loras = None, {}, []
         if self._device.type == "cuda":
             torch.cuda.empty_cache()  # a graph's memory is not reused otherwise
 

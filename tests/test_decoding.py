@@ -14,6 +14,8 @@ from latexocr.decoding import Decoder, decoder_for
 from latexocr.generate import generate
 from latexocr.modeling import add_lora
 from latexocr.predict import LatexOCR
+from latexocr.tracking import read_metrics
+from latexocr.train import train
 
 IMAGES = [str(SAMPLE / f"images/{number:06}.png") for number in (1, 7, 20, 33, 45, 12)]
 
@@ -141,6 +143,17 @@ def test_where_stock_generate_has_to_do_it(adapted, caplog):
     kinds, text_config.layer_types = text_config.layer_types, ["full_attention", "sliding_attention", "full_attention"]
     assert decoding.unsupported(adapted.model, plain) == "sliding-window attention"
     text_config.layer_types = kinds
+
+
+def test_validation_does_not_depend_on_how_rows_are_grouped(config, records, tmp_path):
+    scores = []
+    for size in (1, 4, 128):
+        output = tmp_path / str(size)
+        train(config(val_json=str(records["val"]), output_dir=str(output), max_steps=1, per_device_eval_batch_size=2,
+                     generate_batch_size=size, eval_strategy="steps", eval_steps=1))  # fmt: skip
+        (row,) = [row for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row]
+        scores.append({name: value for name, value in row.items() if "runtime" not in name and name != "time"})
+    assert scores[0]["eval_num_rows"] == 7 and scores[0] == scores[1] == scores[2]
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
