@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq
 from transformers.vision_utils import get_vision_position_ids
@@ -41,7 +42,7 @@ class FormulaCollator(DataCollatorForSeq2Seq):
                 [f[key] for f in features], batch_first=True, padding_value=value, padding_side="left"
             )
             extra = batch["input_ids"].shape[1] - padded.shape[1]  # pad_to_multiple_of
-            batch[key] = torch.nn.functional.pad(padded, (extra, 0), value=value)
+            batch[key] = pad(padded, (extra, 0), value=value)
         for key in self.family.concatenated:
             batch[key] = torch.cat([feature[key] for feature in features])
         if "labels" in text[0]:
@@ -58,29 +59,62 @@ class FlattenedCollator(FormulaCollator):
 
     Positions and boundaries are computed here, on the CPU in a worker, so that the step never waits for the GPU to
     say where an image begins. `text_cu_seqlens` and `image_cu_seqlens` (sequences + 1,) are boundaries in tokens and
-    patches; `position_ids` (3, 1, length) restart in every sample.
+    patches; `position_ids` (3, 1, length) restart in every sample. `image_grid_thw` is a tuple, because the host reads
+    it.
+
+    With `round_up` the row is filled up with one more sequence, unsupervised and without pictures, so that few shapes
+    occur: a shape can be captured as a CUDA graph.
 
     Args:
         merge_size: patches a side of a visual token.
+        round_up: fill up tokens, supervised columns and (where the family allows it) patches.
     """
 
     merge_size: int = 2
+    round_up: bool = False
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
         labels = torch.cat([feature["labels"] for feature in features])
-        grids = torch.cat([feature["image_grid_thw"] for feature in features])
+        input_ids = torch.cat([feature["input_ids"] for feature in features])
+        positions = torch.cat([self._positions(feature) for feature in features], dim=1)
+        kept = (labels[1:] != self.label_pad_token_id).nonzero()[:, 0]
         lengths = [len(feature["input_ids"]) for feature in features]
-        patches = (grids[:, 1] * grids[:, 2]).tolist()
+        batch = {"num_samples": len(features), "num_tokens": len(labels)}
+        if self.round_up:
+            extra = rounded(len(labels) + 2) - len(labels)
+            lengths.append(extra)
+            labels = pad(labels, (0, extra), value=self.label_pad_token_id)
+            input_ids = pad(input_ids, (0, extra), value=self.tokenizer.pad_token_id)
+            positions = pad(positions, (0, extra))
+            # coarser, because few shapes matter more here than a little work; the column predicts a filler
+            kept = pad(kept, (0, rounded(len(kept), steps=4) - len(kept)), value=len(labels) - 2)
         return {
-            "input_ids": torch.cat([feature["input_ids"] for feature in features])[None],
+            **batch,
+            **self._images(features),
+            "input_ids": input_ids[None],
             "labels": labels[None],
-            "logits_to_keep": (labels[1:] != self.label_pad_token_id).nonzero()[:, 0],
-            "position_ids": torch.cat([self._positions(feature) for feature in features], dim=1)[:, None],
+            "logits_to_keep": kept,
+            "position_ids": positions[:, None],
             "text_cu_seqlens": _boundaries(lengths),
             "text_max_seqlen": bucketed(max(lengths)),
-            "pixel_values": torch.cat([feature["pixel_values"] for feature in features]),
-            "image_grid_thw": grids,
-            "image_position_ids": get_vision_position_ids(grids, self.merge_size),
+        }
+
+    def _images(self, features: list[dict[str, Any]]) -> dict[str, Any]:
+        grids = torch.cat([feature["image_grid_thw"] for feature in features])
+        pixel_values = torch.cat([feature["pixel_values"] for feature in features])
+        positions = get_vision_position_ids(grids, self.merge_size)
+        patches = (grids[:, 1] * grids[:, 2]).tolist()
+        grid = tuple(tuple(row) for row in grids.tolist())
+        if self.round_up and self.family.grid_free:
+            extra = rounded(len(pixel_values)) - len(pixel_values)
+            patches.append(extra)
+            pixel_values = pad(pixel_values, (0, 0, 0, extra))
+            positions = pad(positions, (0, 0, 0, extra))
+            grid = ((1, self.merge_size, len(pixel_values) // self.merge_size),)  # only its size is read
+        return {
+            "pixel_values": pixel_values,
+            "image_grid_thw": grid,
+            "image_position_ids": positions,
             "image_cu_seqlens": _boundaries(patches),
             "image_max_seqlen": bucketed(max(patches)),
         }
@@ -118,6 +152,16 @@ def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: i
         at = first + height * width
     positions.append(torch.arange(start, start + len(token_types) - at).expand(3, -1))
     return torch.cat(positions, dim=1)
+
+
+def rounded(size: int, *, steps: int = 16) -> int:
+    """`size` rounded up to one of `steps` sizes a power of two, a multiple of 64.
+
+    >>> [rounded(size) for size in (1, 100, 2752, 11000)]
+    [64, 128, 2816, 11264]
+    """
+    step = max(64, 2 ** (size.bit_length() - 1) // steps)
+    return -(-size // step) * step
 
 
 def _boundaries(lengths: list[int]) -> torch.Tensor:

@@ -65,6 +65,9 @@ class TrainOptions:
     compile_layers: bool | None = option(
         None, "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)"
     )
+    fused_loss: bool | None = option(None, "loss without holding all logits (default: weights not sharded)")
+    fused_lora: bool | None = option(None, "adapters in kernels of our own (default: where layers are compiled)")
+    cuda_graphs: bool | None = option(None, "replay steps as CUDA graphs (default: with fused_lora)")
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import logging
 import re
@@ -121,6 +122,27 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
+
+
+@contextlib.contextmanager
+def trusted_placeholders(model: Any) -> Iterator[None]:
+    """Without transformers' check that image tokens and features are equally many: it waits for the GPU.
+
+    `latexocr.preprocess` writes the tokens from the same grid.
+    """
+    inner = inner_model(model).model
+    inner.get_placeholder_mask = functools.partial(_placeholder_masks, inner.config)
+    try:
+        yield
+    finally:
+        del inner.get_placeholder_mask
+
+
+def _placeholder_masks(
+    config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(batch, length, 1) twice: where image features and where video features belong."""
+    return tuple((input_ids == token)[..., None] for token in (config.image_token_id, config.video_token_id))
 
 
 def load_base(

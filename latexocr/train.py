@@ -29,6 +29,7 @@ from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
+from latexocr.lora import runs_kernels
 from latexocr.modeling import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -97,9 +98,20 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
+        sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
         if self.compile_layers is None:
-            sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-            self.compile_layers = self.bf16 and self.flatten and not (self.use_cpu or sharded)
+            self.compile_layers = self.bf16 and self.flatten and on_gpu and not sharded
+        if self.fused_loss is None:
+            self.fused_loss = not sharded
+        if self.fused_lora is None:
+            self.fused_lora = self.compile_layers and on_gpu and runs_kernels(self.lora_r)
+        if self.cuda_graphs is None:
+            self.cuda_graphs = on_gpu and self.fused_lora and self.flatten
+        if self.accelerator_config is None and on_gpu:
+            self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
+        if self.fused_lora and self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
+            # no random state to restore: dropout masks are a function of the seed
+            self.gradient_checkpointing_kwargs = {"use_reentrant": False, "preserve_rng_state": False}
         super().__post_init__()
         if self.n_gpu > 1:
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
@@ -451,7 +463,9 @@ def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: 
     if not config.flatten:
         return padded
     merge_size = processor.image_processor.merge_size
-    return FlattenedCollator(tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size)
+    return FlattenedCollator(
+        tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size, round_up=config.cuda_graphs
+    )
 
 
 def _lasting_name(model_name_or_path: str) -> str:

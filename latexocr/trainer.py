@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Sampler
 from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
@@ -33,32 +32,17 @@ from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
 from latexocr.errors import InputError
 from latexocr.generate import Generated, generate
+from latexocr.graphs import GradientBuffer, StepGraphs
 from latexocr.images import load_image
+from latexocr.lora import FusedLoras
+from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
 from latexocr.metrics import score
+from latexocr.modeling import trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
 from latexocr.tracking import Sample
 
 LOSS_METER = "loss_meter.json"
-
-
-def supervised_loss(
-    logits: torch.Tensor,
-    labels: torch.Tensor,
-    logits_to_keep: torch.Tensor,
-    num_items_in_batch: torch.Tensor | int,
-) -> torch.Tensor:
-    """Sum of the token losses over the number of supervised tokens in the whole effective batch.
-
-    Args:
-        logits: (batch, columns, vocabulary), only of the columns in `logits_to_keep`.
-        labels: (batch, length), not shifted.
-        logits_to_keep: (columns,) positions whose logits predict the next token.
-        num_items_in_batch: supervised tokens of all micro-batches and ranks of this optimiser step.
-    """
-    targets = labels[:, logits_to_keep + 1].flatten()
-    total = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-    return total / num_items_in_batch
 
 
 class EpochSampler(Sampler[int]):
@@ -103,9 +87,14 @@ class FormulaTrainer(Trainer):
         eval_collator: Callable[[list[dict]], dict[str, torch.Tensor]],
         **kwargs: Any,
     ) -> None:
-        super().__init__(compute_loss_func=supervised_loss, **kwargs)
+        super().__init__(compute_loss_func=supervised_loss, **kwargs)  # given, so that tokens are counted
         self.eval_collator = eval_collator
+        self._head = detach_head(self.model) if self.args.fused_loss else None
+        self._loras = FusedLoras(self.model) if self.args.fused_lora else None
         self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
+        self._graphs = StepGraphs(self._captured_loss) if self.args.cuda_graphs else None
+        self._gradients: GradientBuffer | None = None
+        self._micro_batch = 0
         if self.args.flatten:
             set_attention(self.model, VARLEN)
         for printing in (ProgressCallback, PrinterCallback):
@@ -117,8 +106,7 @@ class FormulaTrainer(Trainer):
         self._sampler: EpochSampler | None = None
         self._resumed_from: str | None = None
         self._weights_step: int | None = None
-        self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._samples, self._since = 0, time.perf_counter()
+        self._restart_meter()
         self.add_callback(stop)
         self.add_callback(_Repeatable(self))
 
@@ -139,23 +127,64 @@ class FormulaTrainer(Trainer):
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
         return loader
 
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        """Forward and backward of one micro-batch; replayed as a CUDA graph where that is possible."""
+        if self._loras:
+            self._loras.reseed(self._dropout_seed())
+        self._micro_batch = 0 if self.accelerator.sync_gradients else self._micro_batch + 1
+        if self._graphs is None:
+            return super().training_step(model, inputs, num_items_in_batch)
+        if self._gradients is None:
+            self.model.train()  # once: it goes through thousands of modules
+            self._gradients = GradientBuffer([p for p in self.model.parameters() if p.requires_grad])
+        self._gradients.attach()
+        inputs = self._counted(self._prepare_inputs(inputs))
+        loss = self._graphs(inputs, num_items_in_batch)
+        if self.args.world_size > 1:
+            if self.accelerator.sync_gradients:
+                torch.distributed.all_reduce(self._gradients.flat)
+            loss = loss * self.args.world_size  # logged losses are averaged over the ranks
+        return loss
+
+    def _dropout_seed(self) -> int:
+        """Another one for every micro-batch and rank of the run; the same again when the run is resumed."""
+        numbers = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
+        return hash(numbers) % 2**63
+
+    def _captured_loss(self, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
+        return self._loss(self.model, inputs, num_items)[0]
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Mean over supervised tokens of the effective batch; see `supervised_loss`."""
-        inputs = dict(inputs)
-        labels = inputs.pop("labels")
-        flattened = "text_cu_seqlens" in inputs
-        self._samples += len(inputs["text_cu_seqlens"]) - 1 if flattened else len(labels)
-        # sums stay on the device: no synchronisation in the step
-        self._tokens += labels.numel() if flattened else inputs["attention_mask"].sum()
-        outputs = model(**inputs, use_cache=False)
+        """Mean over supervised tokens of the effective batch; see `latexocr.loss`."""
         if num_items_in_batch is None:
-            num_items_in_batch = (labels[:, 1:] != IGNORED).sum().clamp(min=1)
-        loss = supervised_loss(outputs.logits, labels, inputs["logits_to_keep"], num_items_in_batch)
+            num_items_in_batch = (inputs["labels"][:, 1:] != IGNORED).sum().clamp(min=1)
+        loss, outputs = self._loss(model, self._counted(inputs), num_items_in_batch)
         if self.args.average_tokens_across_devices:
             loss = loss * self.accelerator.num_processes  # the gradients are averaged over the ranks
         return (loss, outputs) if return_outputs else loss
+
+    def _counted(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """`inputs` for the model; the numbers of samples and tokens go to the meter."""
+        inputs = dict(inputs)
+        self._samples += inputs.pop("num_samples", len(inputs["labels"]))
+        # a sum on the device is not waited for
+        self._tokens += inputs.pop("num_tokens") if "num_tokens" in inputs else inputs["attention_mask"].sum()
+        return inputs
+
+    def _loss(self, model: Any, inputs: dict[str, Any], num_items: Any) -> tuple[torch.Tensor, Any]:
+        inputs = dict(inputs)
+        targets = supervised_targets(inputs.pop("labels"), inputs["logits_to_keep"])
+        if self._loras:
+            self._loras.prepare()
+        if isinstance(inputs["image_grid_thw"], tuple):
+            inputs["image_grid_thw"] = torch.tensor(inputs["image_grid_thw"])  # on the CPU, where it is read
+        with trusted_placeholders(self.model):
+            outputs = model(**inputs, use_cache=False)
+        if self._head is None:
+            return supervised_loss(outputs.logits, targets, num_items), outputs
+        return head_loss(outputs.logits, self._head, targets, num_items), outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: walking over all parameters at every micro-batch costs more than the number is worth."""
@@ -167,7 +196,7 @@ class FormulaTrainer(Trainer):
             logs["train_loss"] = self.mean_loss()
         if "loss" in logs:
             seconds = time.perf_counter() - self._since
-            counts = torch.stack([self._tokens, torch.tensor(self._samples, device=self.args.device)])
+            counts = torch.tensor([int(self._tokens), self._samples], device=self.args.device)
             tokens, samples = self.accelerator.reduce(counts, reduction="sum").tolist()
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             logs["samples_per_second"] = round(samples / seconds, 2)
@@ -186,8 +215,7 @@ class FormulaTrainer(Trainer):
         return total / max(1, self.state.global_step)
 
     def _restart_meter(self) -> None:
-        self._tokens.zero_()
-        self._samples, self._since = 0, time.perf_counter()
+        self._tokens, self._samples, self._since = 0, 0, time.perf_counter()
 
     # validation
 
@@ -234,10 +262,10 @@ class FormulaTrainer(Trainer):
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, supervised tokens
         for batch in self._my_share(dataset, range(len(dataset)), "validation loss"):
             inputs = self._prepare_inputs(batch)
-            labels = inputs.pop("labels")
+            targets = supervised_targets(inputs.pop("labels"), inputs["logits_to_keep"])
             logits = self.model(**inputs, use_cache=False).logits
-            total[0] += supervised_loss(logits, labels, inputs["logits_to_keep"], 1)
-            total[1] += (labels[:, 1:] != IGNORED).sum()
+            total[0] += supervised_loss(logits, targets, 1)
+            total[1] += (targets != IGNORED).sum()
         loss_sum, num_tokens = self.accelerator.reduce(total, reduction="sum").tolist()
         return loss_sum / num_tokens
 

@@ -11,11 +11,11 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {"pictures", "sources", "metrics", "config", "console", "stopping", "compiling"},
+    {"pictures", "sources", "metrics", "config", "console", "stopping", "compiling", "kernels", "graphs"},
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
-    {"contract", "attention"},
+    {"contract", "attention", "lora"},
     {"modeling", "preprocess"},
-    {"collate", "build"},
+    {"collate", "build", "loss"},
     {"decoding"},
     {"generate"},
     {"predict"},

@@ -9,11 +9,12 @@ import torch
 from conftest import MODEL_TYPES, SAMPLE, write_records
 
 from latexocr.errors import InputError
+from latexocr.loss import supervised_loss, supervised_targets
 from latexocr.modeling import add_lora, family_in, load_base, trainable_parameters
 from latexocr.records import read_records
 from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
-from latexocr.trainer import EpochSampler, share_of, spread, supervised_loss
+from latexocr.trainer import EpochSampler, share_of, spread
 
 
 def losses(result, key: str = "loss") -> list[float]:
@@ -29,7 +30,7 @@ def test_loss_is_the_mean_over_supervised_tokens():
     for (row, column), (target, nll) in wanted.items():
         # with one logit x and three zeros, -log softmax = nll gives x = log(3 / (exp(nll) - 1))
         logits[row, column, target] = torch.log(3 / (torch.exp(torch.tensor(nll)) - 1))
-    assert supervised_loss(logits, labels, torch.tensor([0, 1]), 3).item() == pytest.approx(1.0)
+    assert supervised_loss(logits, supervised_targets(labels, torch.tensor([0, 1])), 3).item() == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

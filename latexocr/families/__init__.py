@@ -19,6 +19,7 @@ class Family:
             collide: a `gate_proj` is in Qwen2.5-VL's language model and in its vision tower.
         padded: per-token inputs that the tokenizer does not pad, with their padding value.
         concatenated: per-image inputs, joined along their first dimension.
+        grid_free: the vision tower knows pictures by boundaries and positions alone, not by their grids.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Family:
     lora_targets: dict[str, str] = field(default_factory=dict)
     padded: tuple[tuple[str, int], ...] = (("mm_token_type_ids", 0),)
     concatenated: tuple[str, ...] = ("pixel_values", "image_grid_thw")
+    grid_free: bool = False
 
     def target_regex(self, components: list[str]) -> str:
         """One expression for peft's `target_modules`.

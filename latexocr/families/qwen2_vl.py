@@ -5,6 +5,7 @@ from latexocr.families import LANGUAGE, Family
 FAMILY = Family(
     name="Qwen2-VL",
     model_types=("qwen2_vl",),
+    grid_free=True,
     lora_targets={
         "language": LANGUAGE,
         "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",

@@ -1,0 +1,103 @@
+"""Whole micro-batches, forward and backward, replayed as CUDA graphs.
+
+Why: a step launches thousands of kernels. With 16 formulas the GPU finishes them faster than Python can launch them;
+a graph is launched at once. The collator rounds batch shapes up (`latexocr.collate`), so that few graphs serve a run.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+logger = logging.getLogger(__name__)
+MAX_GRAPHS = 64  # each holds some ten megabytes of launch parameters
+
+Compute = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
+
+
+class GradientBuffer:
+    """All gradients in one tensor at a fixed address: for graphs, for one all-reduce and one zeroing.
+
+    Args:
+        parameters: the trained ones, all of one type.
+    """
+
+    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+        self.parameters = parameters
+        sizes = [parameter.numel() for parameter in parameters]
+        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
+        parts = self.flat.split(sizes)
+        self._views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+
+    def attach(self) -> None:
+        """Gradients point into the buffer again, zeroed, if the optimiser's `zero_grad` has let go of them."""
+        if self.parameters[0].grad is None:
+            self.flat.zero_()
+            for parameter, view in zip(self.parameters, self._views, strict=True):
+                parameter.grad = view
+
+
+class StepGraphs:
+    """Runs `compute` and its backward pass; from the second time a shape comes, as a graph.
+
+    Args:
+        compute: (inputs, number of supervised tokens) -> loss; no synchronisation with the host, no random state.
+    """
+
+    def __init__(self, compute: Compute) -> None:
+        self._compute = compute
+        self._seen: set[tuple] = set()
+        self._graphs: dict[tuple, _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        self._works = True
+
+    def __call__(self, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
+        """The loss, detached; gradients have been added to the parameters' own."""
+        key = tuple(
+            (name, tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else (name, value)
+            for name, value in inputs.items()
+        )
+        if key not in self._graphs and self._works and key in self._seen and len(self._graphs) < MAX_GRAPHS:
+            self._capture(key, inputs, num_items)
+        self._seen.add(key)
+        if key in self._graphs:
+            return self._graphs[key].replay(inputs, num_items)
+        loss = self._compute(inputs, num_items)
+        loss.backward()
+        return loss.detach()
+
+    def _capture(self, key: tuple, inputs: dict[str, Any], num_items: torch.Tensor) -> None:
+        try:
+            self._graphs[key] = _Graph(self._compute, inputs, num_items, self._pool)
+        except RuntimeError as error:
+            self._works = False
+            reason = str(error).split("\n")[0]
+            logger.warning(f"steps are not captured as CUDA graphs ({reason}); small batches train slower")
+            torch.cuda.synchronize()
+
+
+class _Graph:
+    """One captured shape."""
+
+    def __init__(self, compute: Compute, inputs: dict[str, Any], num_items: torch.Tensor, pool: Any) -> None:
+        self._inputs = {
+            name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+        }
+        self._num_items = num_items.clone()
+        self._graph = torch.cuda.CUDAGraph()
+        # thread_local: the loader's pinning thread goes on meanwhile
+        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+            loss = compute(self._inputs, self._num_items)
+            loss.backward()
+            self._loss = loss.detach()
+
+    def replay(self, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
+        for name, value in inputs.items():
+            if isinstance(value, torch.Tensor):
+                self._inputs[name].copy_(value, non_blocking=True)
+        self._num_items.copy_(num_items)
+        self._graph.replay()
+        return self._loss.clone()

@@ -1,0 +1,281 @@
+"""LoRA layers whose dropout, adapters and frozen weights are computed together.
+
+    y = x W' + s (m * x) A' B'        m: dropout mask over (1 - p), s: lora_alpha / r   (LoRA, arXiv:2106.09685)
+
+Why: as separate layers the adapter's thin products and its dropout take half as long again as the frozen layer.
+Here the frozen weight and B lie side by side, W|B (out, in + r), and so do the input and its projection, x|h
+(rows, in + r): one product gives y, and in the backward pass one product gives the gradients of both x and h. Layers
+with the same input (query, key and value; gate and up) are one: their weights lie below each other and each has its
+own columns for B and h. Masks come from a hash of seed and position (`keep_mask`), so they are computed where they are
+needed and never stored.
+
+It is a transparent replacement: parameters, checkpoints and merging stay peft's. On a GPU Triton does the work; the
+plain PyTorch below is the definition, and what runs elsewhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from typing import Any
+
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+
+ADAPTER = "default"
+SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+BITS = 16  # of randomness that decide about one element
+HALF = 64  # columns that far apart share one hash value: a kernel handles them together
+GOLDEN, MASK32 = 0x9E3779B1, 0xFFFFFFFF
+
+
+def keep_mask(num_rows: int, num_columns: int, seed: torch.Tensor, threshold: int) -> torch.Tensor:
+    """(num_rows, num_columns) of bool: which elements dropout keeps.
+
+    An integer hash with full avalanche (two multiplications, three shifts) of the position and the seed; its halves
+    decide about two elements, 64 columns apart.
+
+    Args:
+        num_rows: rows of the input.
+        num_columns: columns of the input.
+        seed: int64; its low 32 bits count.
+        threshold: elements whose 16 random bits are below it are dropped.
+    """
+    tiles = -(-num_columns // (2 * HALF))
+    positions = torch.arange(num_rows * tiles * HALF, device=seed.device)
+    bits = ((positions * GOLDEN) & MASK32) ^ (seed & MASK32)
+    bits = bits ^ (bits >> 16)
+    bits = (bits * 0x7FEB352D) & MASK32
+    bits = bits ^ (bits >> 15)
+    bits = (bits * 0x846CA68B) & MASK32
+    bits = (bits ^ (bits >> 16)).view(num_rows, tiles, HALF)
+    halves = torch.stack([bits & 0xFFFF, bits >> BITS], dim=2)  # (rows, tiles, 2, 64)
+    return halves.flatten(1)[:, :num_columns] >= threshold
+
+
+def _dropped(x: torch.Tensor, seed: torch.Tensor, threshold: int) -> torch.Tensor:
+    return x * keep_mask(*x.shape, seed, threshold) if threshold else x
+
+
+def lora_down(x: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float) -> torch.Tensor:
+    """x|h (rows, in + adapters * r): the input, and its projections through dropout and A, times `factor`."""
+    if x.is_cuda:
+        from latexocr import kernels
+
+        return kernels.lora_down(x, a, seeds, threshold, factor)
+    pairs = zip(a.chunk(len(seeds)), seeds, strict=True)
+    return torch.cat([x, *(_dropped(x, seed, threshold) @ part.T * factor for part, seed in pairs)], dim=1)
+
+
+def lora_grad_a(
+    x_and_down: torch.Tensor, grad_down: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
+) -> torch.Tensor:
+    """Gradient of A (adapters * r, in) in float32, from x|h and the gradient of h (rows, adapters * r)."""
+    if x_and_down.is_cuda:
+        from latexocr import kernels
+
+        return kernels.lora_grad_a(x_and_down, grad_down, seeds, threshold, factor)
+    x = x_and_down[:, : -grad_down.shape[1]]
+    pairs = zip(grad_down.chunk(len(seeds), dim=1), seeds, strict=True)
+    return torch.cat([part.T @ _dropped(x, seed, threshold) for part, seed in pairs]).float() * factor
+
+
+def lora_grad_x(
+    grad: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
+) -> torch.Tensor:
+    """Gradient of x (rows, in), from that of x|h (rows, in + adapters * r)."""
+    if grad.is_cuda:
+        from latexocr import kernels
+
+        return kernels.lora_grad_x(grad, a, seeds, threshold, factor)
+    total, parts = grad[:, : a.shape[1]], grad[:, a.shape[1] :].chunk(len(seeds), dim=1)
+    for part, weights, seed in zip(parts, a.chunk(len(seeds)), seeds, strict=True):
+        total = total + _dropped(part @ weights * factor, seed, threshold)
+    return total
+
+
+@torch.library.custom_op("latexocr::lora_linear", mutates_args=())
+def lora_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, a: list[torch.Tensor],
+    b: list[torch.Tensor], seeds: torch.Tensor, threshold: int, factor: float,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Frozen linear layers with one input, and their adapters.
+
+    Args:
+        x: (rows, in).
+        weight: W|B (all outs, in + adapters * r) in the type of `x`.
+        bias: (all outs,) of the frozen layers.
+        down: A (adapters * r, in) in the type of `x`.
+        a: (r, in) each, the parameters A: they get the gradient, their values are those in `down`.
+        b: (out, r) each, the parameters B: they get the gradient, their values are those in `weight`.
+        seeds: (adapters,) int64, others for every micro-batch.
+        threshold: dropout probability times 2 ** 16.
+        factor: scale of the adapter, over the share of kept elements.
+
+    Returns:
+        y (rows, all outs), and x|h (rows, in + adapters * r), which the backward pass needs.
+    """
+    x_and_down = lora_down(x, down, seeds, threshold, factor)
+    if bias is None:
+        return x_and_down @ weight.T, x_and_down
+    return torch.addmm(bias, x_and_down, weight.T), x_and_down
+
+
+@lora_linear.register_fake
+def _(x, weight, bias, down, a, b, seeds, threshold, factor):
+    return x.new_empty(x.shape[0], weight.shape[0]), x.new_empty(x.shape[0], weight.shape[1])
+
+
+@torch.library.custom_op("latexocr::lora_linear_backward", mutates_args=())
+def lora_linear_backward(
+    grad_y: torch.Tensor, x_and_down: torch.Tensor, weight: torch.Tensor, down: torch.Tensor, seeds: torch.Tensor,
+    outs: list[int], threshold: int, factor: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
+    """Gradients of x (rows, in), A (adapters * r, in) and B (all outs, r); those of A and B in float32."""
+    num_columns = down.shape[1]
+    grad_y = grad_y.contiguous()
+    grad = grad_y @ weight
+    grad_b = grad_y.new_empty(weight.shape[0], down.shape[0] // len(outs), dtype=torch.float32)
+    projected = x_and_down[:, num_columns:].chunk(len(outs), dim=1)
+    for out, part, h in zip(grad_b.split(outs), grad_y.split(outs, dim=1), projected, strict=True):
+        if grad_y.is_cuda and grad_y.dtype != torch.float32:
+            torch.mm(part.T, h, out_dtype=torch.float32, out=out)
+        else:
+            out.copy_(part.T @ h)
+    grad_a = lora_grad_a(x_and_down, grad[:, num_columns:], seeds, threshold, factor)
+    return lora_grad_x(grad, down, seeds, threshold, factor), grad_a, grad_b
+
+
+@lora_linear_backward.register_fake
+def _(grad_y, x_and_down, weight, down, seeds, outs, threshold, factor):
+    width, num_columns = down.shape
+    return (
+        grad_y.new_empty(grad_y.shape[0], num_columns),
+        down.new_empty(width, num_columns, dtype=torch.float32),
+        down.new_empty(weight.shape[0], width // len(outs), dtype=torch.float32),
+    )
+
+
+def _save(ctx: Any, inputs: tuple, output: tuple) -> None:
+    _, weight, _, down, _, b, seeds, ctx.threshold, ctx.factor = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], weight, down, seeds)
+    ctx.outs, ctx.dtype = [len(part) for part in b], b[0].dtype
+
+
+def _backward(ctx: Any, grad_y: torch.Tensor, _: torch.Tensor) -> tuple:
+    x_and_down, weight, down, seeds = ctx.saved_tensors
+    grad_x, grad_a, grad_b = torch.ops.latexocr.lora_linear_backward(
+        grad_y, x_and_down, weight, down, seeds, ctx.outs, ctx.threshold, ctx.factor
+    )
+    grads_a = list(grad_a.to(ctx.dtype).chunk(len(ctx.outs)))
+    grads_b = list(grad_b.to(ctx.dtype).split(ctx.outs))
+    return grad_x, None, None, None, grads_a, grads_b, None, None, None
+
+
+lora_linear.register_autograd(_backward, setup_context=_save)
+
+
+class LoraGroup(torch.nn.Module):
+    """What LoRA layers with one input compute together. Their weights become views of its own.
+
+    Args:
+        layers: in the order in which the model calls them.
+    """
+
+    def __init__(self, layers: list[LoraLinear]) -> None:
+        super().__init__()
+        bases = [layer.base_layer for layer in layers]
+        self.rank, self.outs = layers[0].r[ADAPTER], [base.out_features for base in bases]
+        self.num_columns = bases[0].in_features
+        like, width = bases[0].weight, len(layers) * self.rank
+        self.weight = like.new_zeros(sum(self.outs), self.num_columns + width)
+        self.down = like.new_zeros(width, self.num_columns)
+        self.bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
+        for base, rows in zip(bases, self.weight[:, : self.num_columns].split(self.outs), strict=True):
+            rows.copy_(base.weight.data)
+            base.weight.data = rows
+        self.a = [layer.lora_A[ADAPTER].weight for layer in layers]
+        self.b = [layer.lora_B[ADAPTER].weight for layer in layers]
+        dropout = getattr(layers[0].lora_dropout[ADAPTER], "p", 0.0)  # Identity without dropout
+        self.threshold, self.factor = round(dropout * 2**BITS), layers[0].scaling[ADAPTER] / (1 - dropout)
+        self.seeds = torch.zeros(len(layers), dtype=torch.long, device=like.device)
+        self.outputs: tuple[torch.Tensor, ...] = ()
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """One output a layer, from their input (..., in)."""
+        y, _ = torch.ops.latexocr.lora_linear(
+            x.flatten(0, -2), self.weight, self.bias, self.down, self.a, self.b, self.seeds, self.threshold,
+            self.factor,
+        )  # fmt: skip
+        return y.unflatten(0, x.shape[:-1]).split(self.outs, dim=-1)
+
+    def places(self) -> list[torch.Tensor]:
+        """Where the values of A and then of B belong."""
+        columns = self.weight[:, self.num_columns :].split(self.rank, dim=1)
+        blocks = [part.split(self.outs)[number] for number, part in enumerate(columns)]
+        return [*self.down.split(self.rank), *blocks]
+
+
+class FusedLora(LoraLinear):
+    """peft's LoRA layer with another forward pass in training. Made by `FusedLoras`, never constructed."""
+
+    def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.training:
+            return super().forward(x, *args, **kwargs)
+        (group,) = self.group  # in a tuple: it is no part of this module
+        if self.place == 0:
+            group.outputs = group(x)
+        y = group.outputs[self.place]
+        if self.place == len(group.outs) - 1:
+            group.outputs = ()
+        return y
+
+
+class FusedLoras:
+    """All LoRA layers of a model, turned into `FusedLora`.
+
+    Args:
+        model: with adapters on linear layers (`latexocr.modeling.add_lora`), on the device it trains on.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._groups = [LoraGroup(layers) for layers in _layers_by_input(model)]
+        sizes = [len(group.seeds) for group in self._groups]
+        self._seeds = torch.zeros(sum(sizes), dtype=torch.long, device=self._groups[0].seeds.device)
+        for group, seeds in zip(self._groups, self._seeds.split(sizes), strict=True):
+            group.seeds = seeds
+        for layers, group in zip(_layers_by_input(model), self._groups, strict=True):
+            for place, layer in enumerate(layers):
+                layer.group, layer.place, layer.__class__ = (group,), place, FusedLora
+        self._places = list(itertools.chain.from_iterable(group.places() for group in self._groups))
+        self._values = list(itertools.chain.from_iterable([*group.a, *group.b] for group in self._groups))
+
+    @torch.no_grad()
+    def prepare(self) -> None:
+        """Bring A and B as the optimiser left them to where the layers read them. Before every micro-batch."""
+        torch._foreach_copy_(self._places, self._values)
+
+    def reseed(self, seed: int) -> None:
+        """Other dropout masks: before every micro-batch, from a number that no other micro-batch of the run has."""
+        seeds = torch.randint(2**32, self._seeds.shape, generator=torch.Generator().manual_seed(seed))
+        if self._seeds.is_cuda:
+            seeds = seeds.pin_memory()
+        self._seeds.copy_(seeds, non_blocking=True)
+
+
+def runs_kernels(rank: int) -> bool:
+    """Whether the GPU kernels are to be had: Triton is there, and the rank is a power of two from 16 on."""
+    return importlib.util.find_spec("triton") is not None and rank >= 16 and rank & (rank - 1) == 0
+
+
+def _layers_by_input(model: torch.nn.Module) -> list[list[LoraLinear]]:
+    """The LoRA layers, those with the same input together."""
+    found: list[list[LoraLinear]] = []
+    for parent in model.modules():
+        children = {name: child for name, child in parent.named_children() if type(child) is LoraLinear}
+        for names in SAME_INPUT:
+            if all(name in children for name in names):
+                found.append([children.pop(name) for name in names])
+        found += [[child] for child in children.values()]
+    return found

@@ -1,0 +1,110 @@
+"""The loss: mean over supervised tokens of the effective batch, without ever holding all logits.
+
+Why: a vocabulary of 151,936 entries makes the logits of a batch and their gradient larger than all its activations.
+The head is frozen, so the gradient of its input can be computed chunk by chunk in the forward pass, and each chunk's
+logits are overwritten by their own gradient.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy, linear
+
+from latexocr.preprocess import IGNORED
+
+CHUNK_ELEMENTS = 2**26  # logits held at a time: 128 MiB in bfloat16
+
+
+def supervised_targets(labels: torch.Tensor, logits_to_keep: torch.Tensor) -> torch.Tensor:
+    """(batch * columns,) the token that each kept column predicts, `IGNORED` where it is not supervised."""
+    return labels[:, logits_to_keep + 1].flatten()
+
+
+def supervised_loss(
+    logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int
+) -> torch.Tensor:
+    """Sum of the token losses over the number of supervised tokens in the whole effective batch.
+
+    Args:
+        logits: (batch, columns, vocabulary).
+        targets: (batch * columns,), see `supervised_targets`.
+        num_items_in_batch: supervised tokens of all micro-batches and ranks of this optimiser step.
+    """
+    total = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
+    return total / num_items_in_batch
+
+
+def cross_entropy_in_place(
+    logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, ignored: int = IGNORED
+) -> torch.Tensor:
+    """(rows,) losses in float32; `logits` (rows, vocabulary) become the gradient of `scale` times their sum."""
+    if logits.is_cuda and logits.dtype != torch.float32:
+        from latexocr import kernels
+
+        return kernels.cross_entropy_in_place(logits, targets, scale, ignored)
+    log_probs = logits.float().log_softmax(-1)
+    supervised = targets != ignored
+    at = targets.where(supervised, 0)[:, None]
+    losses = -log_probs.gather(1, at)[:, 0] * supervised
+    grads = log_probs.exp().scatter_add(1, at, torch.full_like(at, -1, dtype=log_probs.dtype))
+    logits.copy_(grads * (supervised * scale)[:, None])
+    return losses
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The sum of token losses times `scale`, from what goes into a frozen head."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor
+    ) -> torch.Tensor:
+        hidden = hidden.to(weight.dtype)
+        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        grad, total = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
+            logits = linear(hidden[part], weight)
+            total += cross_entropy_in_place(logits, targets[part], scale).sum()
+            torch.mm(logits, weight, out=grad[part])
+        ctx.save_for_backward(grad)
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: torch.Tensor) -> tuple:
+        return ctx.saved_tensors[0] * grad_loss, None, None, None
+
+
+def head_loss(
+    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int
+) -> torch.Tensor:
+    """`supervised_loss` from the input of a frozen head without bias.
+
+    Args:
+        hidden: (batch, columns, width).
+        weight: (vocabulary, width); gets no gradient.
+        targets: (batch * columns,), see `supervised_targets`.
+        num_items_in_batch: as in `supervised_loss`.
+    """
+    scale = 1.0 / torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device)
+    return _HeadLoss.apply(hidden.flatten(0, 1), weight, targets, scale)
+
+
+class LossHead(torch.nn.Linear):
+    """A frozen `lm_head` that hands its input on in training, where the loss is computed by `head_loss`.
+
+    Made by `detach_head`, never constructed.
+    """
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden if self.training else super().forward(hidden)
+
+
+def detach_head(model: Any) -> torch.Tensor | None:
+    """Turn the output layer of `model` into a `LossHead` and return its weight; None where that is not possible."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+        return None
+    head.__class__ = LossHead
+    return head.weight
