@@ -78,7 +78,8 @@ class TrainOptions:
     eval_strategy: str | None = option(None, "no, steps or epoch (default: epoch when there is a val_json)")
     save_strategy: str | None = option(None, "no, steps or epoch (default: as eval_strategy, else epoch)")
     save_total_limit: int | None = option(3, "checkpoints kept besides the best one")
-    per_device_eval_batch_size: int = option(16, "samples a device in validation and generation")
+    per_device_eval_batch_size: int = option(16, "samples a device in validation")
+    generate_batch_size: int = option(128, "samples a device generated at once; fewer where memory is short")
     eval_generate_samples: int = option(64, "validation rows that are also generated and scored")
     max_new_tokens: int = option(512, "longest generated answer in tokens")
     metric_for_best_model: str | None = option(

@@ -32,7 +32,7 @@ def evaluate(
     output_dir: Path,
     *,
     adapter: Path | None = None,
-    batch_size: int = 16,
+    batch_size: int = 128,
     max_new_tokens: int = 512,
     max_samples: int | None = None,
     temperature: float | None = None,
@@ -50,7 +50,7 @@ def evaluate(
         data: val.json, as csv2json writes it.
         output_dir: folder for predictions.jsonl and metrics.json.
         adapter: adapter folder to put on the model.
-        batch_size: images at once.
+        batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
         max_new_tokens: longest answer in tokens.
         max_samples: only the first so many records.
         temperature: greedy decoding when left out, else sampling at this temperature.

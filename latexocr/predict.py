@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from latexocr.images import ImageInput
     from latexocr.preprocess import Preprocessor
 
+PREPARING_THREADS = 8
+COLLATED = 16  # padded together, which is what `model.generate` takes at once where it is used
+
 
 class LatexOCR:
     """A loaded model that reads formulas; make one with `from_pretrained`.
@@ -130,7 +133,7 @@ class LatexOCR:
         self,
         images: Sequence[ImageInput],
         *,
-        batch_size: int = 16,
+        batch_size: int = 128,
         max_new_tokens: int = 512,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -141,7 +144,7 @@ class LatexOCR:
 
         Args:
             images: paths, bytes, PIL images or arrays.
-            batch_size: images at once.
+            batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
             max_new_tokens: longest answer in tokens.
             temperature: greedy decoding when left out, else sampling at this temperature.
             top_p: sampling from the smallest set of tokens with this probability.
@@ -150,19 +153,35 @@ class LatexOCR:
         """
         from tqdm.auto import tqdm
 
+        from latexocr.decoding import decoder_for
         from latexocr.generate import generate
 
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, needs at least 1")
         config = self._generation(max_new_tokens, temperature, top_p, min_p)
         answers: list[Generated] = []
-        with tqdm(total=len(images), desc="reading", unit="image", disable=not progress) as bar:
-            for start in range(0, len(images), batch_size):
-                chunk = images[start : start + batch_size]
-                batch = self.collate([self.preprocessor.prompt_features(image) for image in chunk])
-                answers += generate(self.model, batch, self.preprocessor, config)
-                bar.update(len(chunk))
+        with (
+            tqdm(total=len(images), desc="reading", unit="image", disable=not progress) as bar,
+            decoder_for(self.model, config) as decoder,
+        ):
+            for features in self._prepared(images, batch_size):
+                batches = [self.collate(features[at : at + COLLATED]) for at in range(0, len(features), COLLATED)]
+                answers += generate(self.model, batches, self.preprocessor, config, decoder=decoder)
+                bar.update(len(features))
         return answers
+
+    def _prepared(self, images: Sequence[ImageInput], batch_size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+        """Prompts of `batch_size` images each; the next ones are prepared while these are read."""
+        from concurrent.futures import ThreadPoolExecutor
+
+        waiting = []
+        with ThreadPoolExecutor(PREPARING_THREADS) as pool:
+            for start in range(0, len(images), batch_size):
+                waiting.append(pool.map(self.preprocessor.prompt_features, images[start : start + batch_size]))
+                if len(waiting) == 2:
+                    yield list(waiting.pop(0))
+            for prepared in waiting:
+                yield list(prepared)
 
     def stream(self, image: ImageInput, *, max_new_tokens: int = 512, **sampling: Any) -> Iterator[str]:
         """Pieces of the answer as they are generated; joined they are what `__call__` returns.
@@ -190,7 +209,7 @@ class LatexOCR:
 
         def run() -> None:
             try:
-                generate(self.model, batch, self.preprocessor, config, streamer=streamer)
+                generate(self.model, [batch], self.preprocessor, config, streamer=streamer)
             except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
@@ -225,7 +244,7 @@ def predict(
     model: str,
     *,
     adapter: Path | None = None,
-    batch_size: int = 16,
+    batch_size: int = 128,
     max_new_tokens: int = 512,
     temperature: float | None = None,
     top_p: float | None = None,
@@ -243,7 +262,7 @@ def predict(
         images: image files.
         model: base or merged model, or an adapter folder: a path or a hub id.
         adapter: adapter folder to put on the model.
-        batch_size: images at once.
+        batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
         max_new_tokens: longest answer in tokens.
         temperature: greedy decoding when left out, else sampling at this temperature.
         top_p: sampling from the smallest set of tokens with this probability.

@@ -135,7 +135,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 "add one or set --eval_strategy no"
             )
         for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_patches_per_batch",
-                     "gradient_accumulation_steps", "per_device_eval_batch_size", "max_length",
+                     "gradient_accumulation_steps", "per_device_eval_batch_size", "generate_batch_size", "max_length",
                      "max_new_tokens"):  # fmt: skip
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")

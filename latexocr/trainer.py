@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from latexocr.attention import VARLEN, set_attention
 from latexocr.compiling import CompiledLayers
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
+from latexocr.decoding import decoder_for
 from latexocr.errors import InputError
 from latexocr.generate import Generated, generate
 from latexocr.graphs import GradientBuffer, StepGraphs
@@ -287,8 +289,14 @@ class FormulaTrainer(Trainer):
         mine: list[Generated] = []
         # Sharded parameters (FSDP, ZeRO-3) are gathered in every forward: all ranks must generate equally long.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        for batch in self._my_share(_Prompts(dataset), rows, "generation"):
-            mine += generate(self.model, batch, dataset.preprocessor, self.generation, synced_gpus=sharded)
+        batches = self._my_share(_Prompts(dataset), rows, "generation")
+        with nullcontext() if sharded else decoder_for(self.model, self.generation) as decoder:
+            # loaded in small batches, so that workers share the work, and decoded in large ones
+            at_once = max(1, self.args.generate_batch_size // self.args.per_device_eval_batch_size) if decoder else 1
+            while group := list(islice(batches, at_once)):
+                mine += generate(
+                    self.model, group, dataset.preprocessor, self.generation, decoder=decoder, synced_gpus=sharded
+                )
         share = share_of(rows, self.args.process_index, self.args.world_size)
         pairs = [pair for pair in zip(share, mine, strict=True) if pair[0] != MASKED]
         if self.args.world_size > 1:

@@ -67,7 +67,8 @@ CHINESE = {
         "no、steps 或 epoch（默认：同 eval_strategy，否则 epoch）"
     ),
     "checkpoints kept besides the best one": "除最好的之外保留几个检查点",
-    "samples a device in validation and generation": "验证和生成时每张卡的样本数",
+    "samples a device in validation": "验证时每张卡的样本数",
+    "samples a device generated at once; fewer where memory is short": "每张卡同时生成的样本数；显存不足时自动减少",
     "validation rows that are also generated and scored": "验证集中有多少行还要生成并打分",
     "longest generated answer in tokens": "生成的答案最多多少 token",
     "what picks the best checkpoint (default: eval_edit_distance, or eval_loss without generation)": (

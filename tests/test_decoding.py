@@ -1,0 +1,170 @@
+"""Our decoding gives the token ids that transformers' own generate gives."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import MODEL_TYPES, SAMPLE
+
+from latexocr import decoding
+from latexocr.decoding import Decoder, decoder_for
+from latexocr.generate import generate
+from latexocr.modeling import add_lora
+from latexocr.predict import LatexOCR
+from latexocr.tracking import read_metrics
+from latexocr.train import train
+
+IMAGES = [str(SAMPLE / f"images/{number:06}.png") for number in (1, 7, 20, 33, 45, 12)]
+
+
+def reader(folder, *, lora: bool, device: str = "cpu") -> LatexOCR:
+    """A tiny model that says something else for every image; with `lora`, under adapters that change it."""
+    ocr = LatexOCR.from_pretrained(folder, device=device, dtype="float32")
+    torch.manual_seed(1)
+    head = torch.nn.Linear(ocr.model.lm_head.in_features, ocr.model.lm_head.out_features, bias=False, device=device)
+    ocr.model.lm_head = head  # tied to the embeddings, a random head repeats its input
+    for layer in ocr.model.model.language_model.layers:
+        layer.mlp.down_proj.weight.data *= 6
+    if lora:
+        components = ["language", "vision"]
+        ocr.model = add_lora(ocr.model, ocr.preprocessor.family, components=components, r=4, alpha=8, dropout=0.1)
+        for name, parameter in ocr.model.eval().named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return ocr
+
+
+def prompts(ocr: LatexOCR, images: list) -> dict[str, torch.Tensor]:
+    return ocr.collate([ocr.preprocessor.prompt_features(image) for image in images])
+
+
+def stock(ocr: LatexOCR, batch: dict[str, torch.Tensor], config) -> list[list[int]]:
+    """What transformers generates, up to and with the end token."""
+    length, rows = batch["input_ids"].shape[1], []
+    inputs = {name: value.to(ocr.model.device) for name, value in batch.items()}
+    with torch.no_grad():
+        output = ocr.model.generate(**inputs, generation_config=config)[:, length:].tolist()
+    for row in output:
+        ends = [at for at, token in enumerate(row) if token in config.eos_token_id]
+        rows.append(row[: ends[0] + 1] if ends else row)
+    return rows
+
+
+def settings(ocr: LatexOCR, batch: dict[str, torch.Tensor], max_new_tokens: int):
+    """Greedy settings whose end token is the one that ends the rows at the most different times."""
+    config = ocr._generation(max_new_tokens, None, None, None)
+    config.eos_token_id = [len(ocr.preprocessor.processor.tokenizer) - 1]  # as good as none
+    rows = stock(ocr, batch, config)
+    firsts = {token: {row.index(token) if token in row else -1 for row in rows} for row in rows for token in row}
+    config.eos_token_id = [max(firsts, key=lambda token: len(firsts[token]))]
+    return config
+
+
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_ids_equal_stock_generate(model_type, lora, tiny_models):
+    """Images of many sizes, so prompts of many lengths; rows end at different times and are dropped."""
+    ocr = reader(tiny_models[model_type], lora=lora)
+    batch = prompts(ocr, IMAGES)
+    assert len(set(batch["attention_mask"].sum(1).tolist())) > 2
+    config = settings(ocr, batch, 40)
+    wanted = stock(ocr, batch, config)
+    assert len({len(row) for row in wanted}) > 3
+    with decoder_for(ocr.model, config) as decoder:
+        assert decoder([batch]) == wanted
+        assert decoder._cache.rows < 6
+        assert decoder([prompts(ocr, IMAGES[:2]), prompts(ocr, IMAGES[2:])]) == wanted  # joined, memory used again
+        assert decoder([prompts(ocr, IMAGES[3:4])]) == wanted[3:4]
+
+
+@pytest.fixture(scope="module")
+def adapted(tiny):
+    return reader(tiny, lora=True)
+
+
+def test_ids_do_not_depend_on_how_memory_is_cut(adapted, monkeypatch):
+    """Attention over a cache that grows, prompts one by one, and no memory for more than four rows."""
+    batch = prompts(adapted, IMAGES)
+    config = settings(adapted, batch, 40)
+    wanted = stock(adapted, batch, config)
+    monkeypatch.setattr(decoding, "LENGTH_STEP", 11)
+    monkeypatch.setattr(decoding, "PREFILL_PATCHES", 1)
+    monkeypatch.setattr(decoding, "CHECK_EVERY", 3)
+    monkeypatch.setattr(Decoder, "_rows_that_fit", lambda self, length: 4)
+    with decoder_for(adapted.model, config) as decoder:
+        assert decoder([batch]) == wanted
+        assert decoder._cache.max_rows == 4
+        assert [decoder._capacity_for(length) for length in (10, 11, 175, 176)] == [11, 22, 176, 209]
+        assert batch["input_ids"].shape[1] == 163
+        shapes = set(decoder._graphs)
+        assert {capacity for _, capacity in shapes} == {176, 209} and len({rows for rows, _ in shapes}) > 2
+
+
+def test_everything_is_put_back(adapted):
+    batch = prompts(adapted, IMAGES[:2])
+    config = settings(adapted, batch, 8)
+    before = stock(adapted, batch, config)
+    with decoder_for(adapted.model, config) as decoder:
+        decoder([batch])
+        assert adapted.model.config.text_config._attn_implementation == "sdpa"
+        assert not any("forward" in vars(layer) for layer in adapted.model.modules())
+    assert decoder._cache is None
+    assert stock(adapted, batch, config) == before
+
+
+def test_an_answer_knows_whether_it_ended(adapted):
+    batch = prompts(adapted, IMAGES)
+    config = settings(adapted, batch, 40)
+    (end,) = config.eos_token_id
+    tokenizer, family = adapted.preprocessor.processor.tokenizer, adapted.preprocessor.family
+    other = replace(adapted.preprocessor, family=replace(family, end_token=tokenizer.convert_ids_to_tokens(end)))
+    with decoder_for(adapted.model, config) as decoder:
+        answers = generate(adapted.model, [batch], other, config, decoder=decoder)
+    assert answers == generate(adapted.model, [batch], other, config)
+    assert {answer.finished for answer in answers} == {True, False}
+
+
+def test_where_stock_generate_has_to_do_it(adapted, caplog):
+    """Said once, however many batches there are."""
+    decoding._say_once.cache_clear()
+    sampling = adapted._generation(4, 1.5, None, None)
+    with caplog.at_level(logging.INFO, "latexocr"):
+        for _ in range(2):
+            with decoder_for(adapted.model, sampling) as decoder:
+                assert decoder is None
+    (line,) = caplog.messages
+    assert line == "do_sample, temperature, top_k set: answers come from transformers' own generate, which is slower"
+    plain = adapted._generation(4, None, None, None)
+    assert decoding.unsupported(adapted.model, plain) is None
+    text_config = adapted.model.config.text_config
+    kinds, text_config.layer_types = text_config.layer_types, ["full_attention", "sliding_attention", "full_attention"]
+    assert decoding.unsupported(adapted.model, plain) == "sliding-window attention"
+    text_config.layer_types = kinds
+
+
+def test_validation_does_not_depend_on_how_rows_are_grouped(config, records, tmp_path):
+    scores = []
+    for size in (1, 4, 128):
+        output = tmp_path / str(size)
+        train(config(val_json=str(records["val"]), output_dir=str(output), max_steps=1, per_device_eval_batch_size=2,
+                     generate_batch_size=size, eval_strategy="steps", eval_steps=1))  # fmt: skip
+        (row,) = [row for row in read_metrics(output / "metrics.jsonl") if "eval_loss" in row]
+        scores.append({name: value for name, value in row.items() if "runtime" not in name and name != "time"})
+    assert scores[0]["eval_num_rows"] == 7 and scores[0] == scores[1] == scores[2]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_graphs_give_the_same_ids(model_type, tiny_models, monkeypatch):
+    monkeypatch.setattr(decoding, "FEW_ROWS", 1)
+    ocr = reader(tiny_models[model_type], lora=True, device="cuda")
+    batch = prompts(ocr, IMAGES)
+    config = settings(ocr, batch, 40)
+    wanted = stock(ocr, batch, config)
+    with decoder_for(ocr.model, config) as decoder:
+        assert decoder([batch]) == wanted
+        assert decoder([batch]) == wanted
+        assert any(decoder._graphs.values())
