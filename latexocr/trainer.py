@@ -32,6 +32,7 @@ from latexocr.contract import Contract, write_text
 from latexocr.errors import InputError
 from latexocr.generate import Generated, generate
 from latexocr.images import load_image
+from latexocr.memory import explain_out_of_memory
 from latexocr.metrics import score
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
@@ -136,6 +137,10 @@ class FormulaTrainer(Trainer):
         inner = loader.base_dataloader  # accelerate iterates over this one
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
         return loader
+
+    def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
+        with explain_out_of_memory(inputs):
+            return super().training_step(model, inputs, num_items_in_batch)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
