@@ -117,7 +117,7 @@ class FormulaTrainer(Trainer):
         self._resumed_from: str | None = None
         self._weights_step: int | None = None
         self._tokens = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._samples, self._since = 0, time.perf_counter()
+        self._samples, self._since, self._waited = 0, time.perf_counter(), 0.0
         self.add_callback(stop)
         self.add_callback(_Repeatable(self))
 
@@ -137,6 +137,13 @@ class FormulaTrainer(Trainer):
         inner = loader.base_dataloader  # accelerate iterates over this one
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
         return loader
+
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """A step's micro-batches; the time that training stands still for them is counted."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args)
+        self._waited += time.perf_counter() - started
+        return batches
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         with explain_out_of_memory(inputs):
@@ -165,7 +172,7 @@ class FormulaTrainer(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds throughput since the last log and peak memory to every line with a training loss."""
+        """Adds throughput and waiting since the last log and peak memory to every line with a training loss."""
         if "train_loss" in logs:  # stock Trainer counts only the part since resuming
             logs["train_loss"] = self.mean_loss()
         if "loss" in logs:
@@ -174,6 +181,7 @@ class FormulaTrainer(Trainer):
             tokens, samples = self.accelerator.reduce(counts, reduction="sum").tolist()
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             logs["samples_per_second"] = round(samples / seconds, 2)
+            logs["waiting_for_data"] = round(self._waited / seconds, 4)  # share of the time, main process
             if self.args.device.type == "cuda":
                 logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
             self._restart_meter()
@@ -190,7 +198,7 @@ class FormulaTrainer(Trainer):
 
     def _restart_meter(self) -> None:
         self._tokens.zero_()
-        self._samples, self._since = 0, time.perf_counter()
+        self._samples, self._since, self._waited = 0, time.perf_counter(), 0.0
 
     # validation
 
