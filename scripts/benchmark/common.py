@@ -55,7 +55,9 @@ def workplace(arguments: argparse.Namespace) -> Iterator[tuple[Path, Path]]:
         folder = Path(name)
         model = arguments.model or folder / "model"
         if not (model / "config.json").is_file():
-            texts = [row["conversations"][1]["value"] for row in json.loads(arguments.data.read_text(encoding="utf-8"))]
+            texts = [
+                row["conversations"][1]["value"] for row in json.loads(arguments.data.read_text(encoding="utf-8"))
+            ]
             (folder / "formulas.txt").write_text("\n".join(" ".join(text.split()) for text in texts), encoding="utf-8")
             dtype = "bfloat16" if arguments.size == "2b" else "float32"
             script("build", "--output", model, "--size", arguments.size, "--dtype", dtype, "--corpus",
@@ -205,7 +207,9 @@ def flop_per_sample(model: Path, data: Path) -> float:
     sys.path.insert(0, str(ROOT))
     from latexocr.train import TrainConfig, load_data
 
-    loaded = load_data(TrainConfig(model_name_or_path=str(model), train_json=str(data), image_mode="fixed", use_cpu=True))
+    loaded = load_data(
+        TrainConfig(model_name_or_path=str(model), train_json=str(data), image_mode="fixed", use_cpu=True)
+    )
     config = AutoConfig.from_pretrained(model)
     with torch.device("meta"):
         parameters = dict(AutoModelForImageTextToText.from_config(config).named_parameters())
@@ -238,7 +242,7 @@ def machine() -> dict[str, Any]:
 
 def report(arguments: argparse.Namespace, results: Any, **more: Any) -> None:
     """Print the JSON, and write it to `--output`."""
-    command = " ".join(["python", *(str(Path(word).name if index == 0 else word) for index, word in enumerate(sys.argv))])
+    command = " ".join(["python", f"scripts/benchmark/{Path(sys.argv[0]).name}", *sys.argv[1:]])
     text = json.dumps({"command": command, "machine": machine(), **more, "results": results}, indent=2)
     print(text)
     if arguments.output:

@@ -1,9 +1,9 @@
 """The peer to beat: TRL's SFTTrainer on the same work, tuned as far as its options go.
 
 Loss on the completion only (its own chunked loss, no full logits), bfloat16, SDPA attention, fused AdamW, pictures
-decoded and prepared in workers that stay alive, pinned memory, DDP without the search for unused parameters. Packing and
-padding-free batches are refused for pictures by TRL 1.16 itself. Named after the class: a file trl.py would hide the
-package. Needs `trl` and `datasets`. Writes metrics.jsonl like `latexocr train`.
+decoded and prepared in workers that stay alive, pinned memory, DDP without the search for unused parameters. Packing
+and padding-free batches are refused for pictures by TRL 1.16 itself. Named after the class: a file trl.py would hide
+the package. Needs `trl` and `datasets`. Writes metrics.jsonl like `latexocr train`.
 """
 
 from __future__ import annotations

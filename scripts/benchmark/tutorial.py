@@ -1,10 +1,10 @@
 """The baseline: training as the widespread Qwen2-VL tutorial does it, written afresh from its description.
 
-`Dataset.map` prepares every record one by one: each tensor becomes a list, a tensor again, and then Arrow on the disk;
-training reads lists back. Stock Trainer and collator, logits at every position, 4 samples x 4 accumulated, gradient
-checkpointing, LoRA on every layer with a listed name, a pad token behind the answer. Only `mm_token_type_ids` is added,
-because transformers 5 needs it. Pictures are 504 x 112, as in its test code. Without the package `datasets` the same
-lists are kept in memory. Writes metrics.jsonl like `latexocr train`.
+`Dataset.map` prepares every record one by one: each tensor becomes a list, a tensor again, and then Arrow on the
+disk; training reads lists back. Stock Trainer and collator, logits at every position, 4 samples x 4 accumulated,
+gradient checkpointing, LoRA on every layer with a listed name, a pad token behind the answer. Only
+`mm_token_type_ids` is added, because transformers 5 needs it. Pictures are 504 x 112, as in its test code. Without
+the package `datasets` the same lists are kept in memory. Writes metrics.jsonl like `latexocr train`.
 """
 
 from __future__ import annotations
