@@ -21,7 +21,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 LINES = 12  # log lines of a run; the figures are medians over all but the first ones (start-up, compilation)
 LINES_LEFT_OUT = 2
-SCRIPTS = {"tutorial": HERE / "tutorial.py", "trl": HERE / "sfttrainer.py"}
+SCRIPTS = {
+    "tutorial": HERE / "tutorial.py",
+    "trl": HERE / "sfttrainer.py",
+    "llamafactory": HERE / "llamafactory_sft.py",
+}
+SITES: dict[str, Path] = {}  # system -> folder of packages that it alone sees (pip install --target)
 # how this library trains: name -> options of `latexocr train`
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
@@ -29,7 +34,10 @@ OURS: dict[str, dict[str, Any]] = {
     "flattened": {"compile_layers": False},
     "float32": {"bf16": False, "flatten": False, "compile_layers": False},
 }
-OPTIONS: dict[str, dict[str, Any]] = {"checkpointing": {"gradient_checkpointing": True}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "checkpointing": {"gradient_checkpointing": True},
+    "packing": {"neat_packing": True},  # llamafactory
+}
 # every benchmark's work: pictures at 504 x 112, nothing saved, nothing tracked
 WORK = {"image_mode": "fixed", "save_strategy": "no", "swanlab_mode": "disabled", "disable_tqdm": True}
 
@@ -70,14 +78,16 @@ def script(verb: str, *words: Any) -> str:
     return run([sys.executable, ROOT / f"scripts/{verb}.py", *words])
 
 
-def run(command: list[Any]) -> str:
-    """A command's output.
+def run(command: list[Any], site: Path | None = None) -> str:
+    """A command's output; packages are found in `site` first.
 
     Raises:
         Failed: an exit status other than 0.
     """
     # NVLink multicast can put GPUs that are shared with others out of service
     environment = {"NCCL_NVLS_ENABLE": "0", **os.environ}
+    if site:
+        environment["PYTHONPATH"] = os.pathsep.join([str(site), environment.get("PYTHONPATH", "")])
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     if done.returncode:
         raise Failed(f"{' '.join(map(str, command))}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
@@ -132,7 +142,7 @@ def train(
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]  # fmt: skip
         command = [*started, ROOT / "scripts/train.py", *_flags({**given, **WORK, **OURS[system], **(options or {})})]
     begun = time.perf_counter()
-    run(command)
+    run(command, SITES.get(system))
     return {"variant": variant, **summary(output / "metrics.jsonl"), "process_seconds": _seconds_since(begun)}
 
 

@@ -24,6 +24,7 @@ def parse_arguments(doc: str) -> argparse.Namespace:
     parser.add_argument("--per_device_train_batch_size", type=int, default=4)
     parser.add_argument("--gradient_accumulation_steps", type=int, default=4)
     parser.add_argument("--gradient_checkpointing", default="false")
+    parser.add_argument("--neat_packing", default="false", help="LLaMA-Factory only")
     parser.add_argument("--logging_steps", type=int, default=2)
     parser.add_argument("--max_steps", type=int, default=-1)
     parser.add_argument("--num_train_epochs", type=float, default=2)
