@@ -11,9 +11,12 @@ import json
 from pathlib import Path
 from typing import Any, Literal
 
+from latexocr.config import PROMPT
 from latexocr.errors import InputError
 
 BUNDLED_CORPUS = Path(__file__).resolve().parent.parent / "data" / "sample" / "metadata.jsonl"
+# What every record says beside its formula: Qwen's tokenizer knows these words, so ours must not spell them out.
+TEMPLATE_WORDS = ("system\nYou are a helpful assistant.", "\nuser\n", PROMPT, "\nassistant\n")
 # Special tokens and conversation format of Qwen's chat models.
 SPECIAL_TOKENS = (
     "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
@@ -132,7 +135,7 @@ def build(
 
 
 def build_tokenizer(texts: list[str], vocab_size: int = 1024) -> Any:
-    """A byte-level BPE tokenizer with Qwen's special tokens and chat template, trained on `texts`."""
+    """A byte-level BPE tokenizer with Qwen's special tokens and chat template, trained on records of `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -145,7 +148,7 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1024) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator(texts, trainer)
+    bpe.train_from_iterator((part for text in texts for part in (*TEMPLATE_WORDS, text)), trainer)
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS), chat_template=CHAT_TEMPLATE, model_max_length=32768,

@@ -28,6 +28,7 @@ VERBS = {
     "data2csv": ("latexocr.data2csv", "data2csv", "data set of formula images -> images and data.csv"),
     "csv2json": ("latexocr.csv2json", "csv2json", "data.csv -> train.json and val.json"),
     "preview": ("latexocr.preview", "preview", "what the model will see: tokens, labels, picture"),
+    "plan": ("latexocr.plan", None, "a training's memory, speed and time on this machine, and what to change"),
     "train": ("latexocr.train", None, "train.json -> adapter"),
     "evaluate": ("latexocr.evaluate", "evaluate", "model, adapter and data -> predictions and metrics"),
     "score": ("latexocr.evaluate", "score_file", "predictions.jsonl -> metrics"),
@@ -86,8 +87,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(verb: str, argv: list[str]) -> int:
     module_name, function_name, _ = VERBS[verb]
-    if verb == "train":
-        return _train(argv)
+    if verb in ("train", "plan"):
+        return _with_training_options(verb, argv)
     function = getattr(importlib.import_module(module_name), function_name)
     arguments = vars(parser_for(verb, function).parse_args(argv))
     result = function(**arguments)
@@ -96,17 +97,26 @@ def _run(verb: str, argv: list[str]) -> int:
     return 0
 
 
-def _train(argv: list[str]) -> int:
-    """`train` takes any TrainConfig field, thousands of combinations: its parser lives in `latexocr.config`."""
+def _with_training_options(verb: str, argv: list[str]) -> int:
+    """`train` and `plan` take any TrainConfig field, thousands of combinations: see `latexocr.config`."""
     from latexocr.config import parse_train_arguments, train_help
 
     if "-h" in argv or "--help" in argv:
-        print(train_help())
+        print(train_help(verb))
         return 0
-    values = parse_train_arguments(argv)
+    as_json = verb == "plan" and "--json" in argv
+    values = parse_train_arguments([word for word in argv if not (as_json and word == "--json")])
     from latexocr.train import TrainConfig, train
 
-    result = train(TrainConfig.from_dict(values))
+    config = TrainConfig.from_dict(values)
+    if verb == "plan":
+        from latexocr.plan import plan
+
+        found = plan(config)
+        if config.process_index == 0:
+            print(found.to_json() if as_json else found)
+        return 0
+    result = train(config)
     if result.is_main_process:
         print(result)
     return 128 + result.stopped_by if result.stopped_by else 0

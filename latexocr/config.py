@@ -103,12 +103,16 @@ class TrainOptions:
 OUR_NAMES = tuple(item.name for item in fields(TrainOptions))
 
 
-def train_help() -> str:
-    """The text of `latexocr train --help`."""
+def train_help(verb: Literal["train", "plan"] = "train") -> str:
+    """The text of `latexocr train --help` and `latexocr plan --help`."""
+    does = {
+        "train": "Fine-tune a vision-language model on train.json.",
+        "plan": "Run the worst batch of a training once: memory, speed, time, what to change. --json prints JSON.",
+    }
     lines = [
-        "usage: latexocr train [--config FILE.yaml] [--option value ...]",
+        f"usage: latexocr {verb} [--config FILE.yaml] [--option value ...]",
         "",
-        "Fine-tune a vision-language model on train.json. Flags win over the YAML file, the file over defaults.",
+        f"{does[verb]} Flags win over the YAML file, the file over defaults.",
         "Fields of transformers.TrainingArguments work too (--max_steps 100, --warmup_steps 50, ...).",
         "",
     ]

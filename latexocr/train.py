@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 import sys
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -21,7 +22,8 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
+from peft import PeftModel
+from transformers import EarlyStoppingCallback, TrainerCallback, TrainingArguments, set_seed
 
 from latexocr.attention import VARLEN_CAPABILITY
 from latexocr.collate import FlattenedCollator, FormulaCollator
@@ -38,6 +40,7 @@ from latexocr.modeling import (
     default_dtype,
     family_in,
     greedy_config,
+    inner_model,
     load_base,
     load_processor,
     resolve_checkpoint,
@@ -47,7 +50,16 @@ from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_
 from latexocr.records import read_records
 from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
-from latexocr.tracking import METRICS_FILE, MetricsFile, Tracker, dashboard_command, resolve_mode, saved_run_id, track
+from latexocr.tracking import (
+    METRICS_FILE,
+    MetricsFile,
+    Sample,
+    Tracker,
+    dashboard_command,
+    resolve_mode,
+    saved_run_id,
+    track,
+)
 from latexocr.trainer import FormulaTrainer
 from latexocr.vision_cache import GivenFeatures, VisionCache
 
@@ -236,55 +248,19 @@ def train(config: TrainConfig) -> TrainResult:
         InputError: data, model or options that cannot be used; nothing has been written then.
     """
     resolve_mode(config.swanlab_mode)  # a wrong mode is refused before anything is loaded
-    if not config.train_json:
-        raise InputError("train_json is not set: give the file that csv2json wrote (--train_json train.json)")
-    base_folder, preprocessor = load_preprocessor(config)
-    processor, family = preprocessor.processor, preprocessor.family
-    training = _select(config, config.train_json, preprocessor)
-    validation = _select(config, config.val_json, preprocessor) if config.val_json else None
-    batches = _batches_by_budget(config, training, processor)
+    data = load_data(config)
     checkpoint = _checkpoint_to_resume(config)
     output_dir = _check_output_dir(config, checkpoint)
-
-    set_seed(config.seed)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_base(base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    model.generation_config = generation = greedy_config(processor, family)
-    generation.max_new_tokens = config.max_new_tokens
-    model = add_lora(
-        model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-    )  # fmt: skip
-    contract = Contract(
-        base_model=_lasting_name(config.model_name_or_path),
-        hub=config.hub,
-        base_fingerprint=fingerprint(base_folder),
-        model_type=family.model_types[0],
-        prompt=config.prompt,
-        image_policy=preprocessor.policy,
-        end_token=family.end_token,
-        training={"train_records": len(training.records), "dropped": len(training.dropped)},
-    )
-    padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
+    model, contract = load_model(config, data)
     if checkpoint:
         _check_same_run(checkpoint, contract, model)
+    training, validation = data.training, data.validation
     with _tracked(config, output_dir, checkpoint) as tracker, StopSignal() as stop:
-        trainer = FormulaTrainer(
-            model=model,
-            args=config,
-            contract=contract,
-            generation=generation,
-            stop=stop,
-            batches=batches,
-            on_board=tracker.log_samples,
-            train_dataset=FormulaDataset(training.records, preprocessor),
-            eval_dataset=FormulaDataset(validation.records, preprocessor) if validation else None,
-            data_collator=_training_collator(config, padded, processor),
-            eval_collator=padded,
-            processing_class=processor,
+        trainer = build_trainer(
+            config, data, model, contract, stop=stop, on_board=tracker.log_samples,
             callbacks=[MetricsFile(), tracker.callback(), *_early_stopping(config)],
-        )
-        cache = VisionCache(trainer, training, preprocessor, contract) if config.cache_vision_features else None
+        )  # fmt: skip
+        cache = VisionCache(trainer, training, data.preprocessor, contract) if config.cache_vision_features else None
         if trainer.is_world_process_zero():
             if checkpoint is None:
                 _discard_earlier_run(output_dir)
@@ -316,6 +292,88 @@ def train(config: TrainConfig) -> TrainResult:
     )
 
 
+@dataclass(frozen=True)
+class Data:
+    """The records that a configuration selects, their preprocessing, and their micro-batches if by budget."""
+
+    base_folder: Path
+    preprocessor: Preprocessor
+    training: Selection
+    validation: Selection | None
+    batches: BudgetSampler | None
+
+
+def load_data(config: TrainConfig) -> Data:
+    """Read, measure and select the records; no model is needed for it.
+
+    Raises:
+        InputError: no train_json, or data or processor files that cannot be used.
+    """
+    if not config.train_json:
+        raise InputError("train_json is not set: give the file that csv2json wrote (--train_json train.json)")
+    base_folder, preprocessor = load_preprocessor(config)
+    training = _select(config, config.train_json, preprocessor)
+    validation = _select(config, config.val_json, preprocessor) if config.val_json else None
+    batches = _batches_by_budget(config, training, preprocessor.processor)
+    return Data(base_folder, preprocessor, training, validation, batches)
+
+
+def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel, Contract]:
+    """The base with a fresh adapter, and the contract that every checkpoint of it will carry."""
+    family = data.preprocessor.family
+    set_seed(config.seed)
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    model = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+    model.generation_config = greedy_config(data.preprocessor.processor, family)
+    model.generation_config.max_new_tokens = config.max_new_tokens
+    model = add_lora(
+        model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+    )  # fmt: skip
+    contract = Contract(
+        base_model=_lasting_name(config.model_name_or_path),
+        hub=config.hub,
+        base_fingerprint=fingerprint(data.base_folder),
+        model_type=family.model_types[0],
+        prompt=config.prompt,
+        image_policy=data.preprocessor.policy,
+        end_token=family.end_token,
+        training={"train_records": len(data.training.records), "dropped": len(data.training.dropped)},
+    )
+    return model, contract
+
+
+def build_trainer(
+    config: TrainConfig,
+    data: Data,
+    model: PeftModel,
+    contract: Contract,
+    *,
+    stop: StopSignal,
+    on_board: Callable[[list[Sample], int], None],
+    callbacks: Sequence[TrainerCallback] = (),
+    trainer_class: type[FormulaTrainer] = FormulaTrainer,
+) -> FormulaTrainer:
+    """The trainer over `data`, ready to train; nothing is written yet."""
+    processor = data.preprocessor.processor
+    padded = FormulaCollator(tokenizer=processor.tokenizer, family=data.preprocessor.family)
+    return trainer_class(
+        model=model,
+        args=config,
+        contract=contract,
+        generation=inner_model(model).generation_config,
+        stop=stop,
+        batches=data.batches,
+        on_board=on_board,
+        train_dataset=FormulaDataset(data.training.records, data.preprocessor),
+        eval_dataset=FormulaDataset(data.validation.records, data.preprocessor) if data.validation else None,
+        data_collator=_training_collator(config, padded, processor),
+        eval_collator=padded,
+        processing_class=processor,
+        callbacks=list(callbacks),
+    )
+
+
 def announce(
     trainer: FormulaTrainer, training: Selection, validation: Selection | None, cache: VisionCache | None = None
 ) -> str:
@@ -326,16 +384,13 @@ def announce(
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
+    batch, steps_an_epoch, steps = count_steps(config, len(training.records), trainer.batches)
     if trainer.batches is None:
         size = f"{config.per_device_train_batch_size} a device"
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-        steps_an_epoch = math.ceil(len(training.records) / batch)
     else:
         bounds = {"tokens": config.max_tokens_per_batch, "patches": config.max_patches_per_batch}
         size = "at most " + " and ".join(f"{bound:,} {name}" for name, bound in bounds.items() if bound) + " a device"
-        steps_an_epoch = math.ceil(len(trainer.batches) / config.gradient_accumulation_steps)
-        batch = f"about {len(training.records) / steps_an_epoch:.1f}"
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
+        batch = f"about {batch:.1f}"
     lines = [
         f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
         f"{'bfloat16' if config.bf16 else 'float32'} on {config.device}",
@@ -360,6 +415,18 @@ def announce(
         f"example     {decode_sample(dataset[0], dataset.preprocessor)}",
     ]
     return "\n".join(lines)
+
+
+def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:
+    """Records a step on all ranks together (their mean with `batches`), steps an epoch, steps in all."""
+    if batches is None:
+        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
+        steps_an_epoch = math.ceil(num_records / batch)
+    else:
+        steps_an_epoch = math.ceil(len(batches) / config.gradient_accumulation_steps)
+        batch = num_records / steps_an_epoch
+    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
+    return batch, steps_an_epoch, steps
 
 
 def _statistics(selection: Selection) -> str:

@@ -37,6 +37,7 @@ from latexocr.graphs import GradientBuffer, StepGraphs
 from latexocr.images import load_image
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
+from latexocr.memory import explain_out_of_memory
 from latexocr.metrics import score
 from latexocr.modeling import trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
@@ -137,8 +138,19 @@ class FormulaTrainer(Trainer):
             non_blocking=self.accelerator.non_blocking,
         )
 
+    def get_batch_samples(self, *args: Any) -> tuple[list, Any]:
+        """A step's micro-batches; the time that training stands still for them is counted."""
+        started = time.perf_counter()
+        batches = super().get_batch_samples(*args)
+        self._waited += time.perf_counter() - started
+        return batches
+
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; replayed as a CUDA graph where that is possible."""
+        with explain_out_of_memory(inputs):
+            return self._step(model, inputs, num_items_in_batch)
+
+    def _step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
         if self._loras:
             self._loras.reseed(self._dropout_seed())
         self._micro_batch = 0 if self.accelerator.sync_gradients else self._micro_batch + 1
@@ -203,7 +215,7 @@ class FormulaTrainer(Trainer):
         return 0
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Adds throughput since the last log and peak memory to every line with a training loss."""
+        """Adds throughput and waiting since the last log and peak memory to every line with a training loss."""
         if "train_loss" in logs:  # stock Trainer counts only the part since resuming
             logs["train_loss"] = self.mean_loss()
         if "loss" in logs:
@@ -212,6 +224,7 @@ class FormulaTrainer(Trainer):
             tokens, samples = self.accelerator.reduce(counts, reduction="sum").tolist()
             logs["tokens_per_second"] = round(tokens / seconds, 1)
             logs["samples_per_second"] = round(samples / seconds, 2)
+            logs["waiting_for_data"] = round(self._waited / seconds, 4)  # share of the time, main process
             if self.args.device.type == "cuda":
                 logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
             self._restart_meter()
@@ -227,7 +240,7 @@ class FormulaTrainer(Trainer):
         return total / max(1, self.state.global_step)
 
     def _restart_meter(self) -> None:
-        self._tokens, self._samples, self._since = 0, 0, time.perf_counter()
+        self._tokens, self._samples, self._since, self._waited = 0, 0, time.perf_counter(), 0.0
 
     # validation
 

@@ -11,7 +11,7 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {"pictures", "sources", "metrics", "config", "console", "stopping", "compiling", "kernels", "graphs"},
+    {"pictures", "sources", "metrics", "config", "console", "stopping", "compiling", "kernels", "graphs", "memory"},
     {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
     {"contract", "attention", "lora"},
     {"modeling", "preprocess"},
@@ -21,7 +21,7 @@ LAYERS = (
     {"predict"},
     {"trainer", "evaluate", "merge"},
     {"train"},
-    {"preview"},
+    {"preview", "plan"},
     {"cli"},
     {"__main__"},
 )

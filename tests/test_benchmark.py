@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, SAMPLE
@@ -13,32 +15,137 @@ from conftest import ROOT, SAMPLE
 from latexocr.csv2json import csv2json
 from latexocr.data2csv import data2csv
 
-pytestmark = pytest.mark.slow
+BENCHMARKS = ROOT / "scripts/benchmark"
 
 
-def run(script: str, *arguments: str) -> dict:
-    command = [sys.executable, str(ROOT / "scripts/benchmark" / script), *arguments]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "2"}, timeout=300
-    )
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("benchmark")
+    data2csv(str(SAMPLE), folder / "data", max_samples=60)
+    csv2json(folder / "data/data.csv", folder / "train.json", folder / "val.json")
+    return folder / "train.json"
+
+
+def run(script: str, *arguments: object) -> dict:
+    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr[-3000:]
     return json.loads(done.stdout)
 
 
-def test_training(tmp_path):
-    data2csv(str(SAMPLE), tmp_path / "data", max_samples=60)
-    csv2json(tmp_path / "data/data.csv", tmp_path / "train.json", tmp_path / "val.json")
-    found = run("training.py", "--data", str(tmp_path / "train.json"), "--size", "tiny", "--steps", "15",
-                "--only", "tutorial", "flattened 16x1")  # fmt: skip
-    tutorial, ours = found["results"]
-    assert tutorial["over_tutorial"] == 1.0 and ours["over_tutorial"] > 0
-    assert ours["variant"] == "flattened 16x1" and ours["samples_per_second"] > 0
-    assert len(tutorial["losses"]) == 12 and len(ours["losses"]) == 4
-    assert {"device", "torch", "transformers", "peft", "accelerate"} == set(found["machine"])
+def load(name: str):
+    """A benchmark's module."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        return importlib.import_module(name)
+    finally:
+        sys.path.remove(str(BENCHMARKS))
 
 
+@pytest.mark.slow
+def test_training(data, tiny, tmp_path):
+    found = run("training.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 4,
+                "--variants", "tutorial 2x2", "flattened 8x1", "ours 2x1 checkpointing",
+                "--output", tmp_path / "found.json")  # fmt: skip
+    assert json.loads((tmp_path / "found.json").read_text()) == found
+    tutorial, flattened, ours = found["results"]
+    assert tutorial["over_tutorial"] == 1.0 and flattened["over_tutorial"] > 0
+    assert tutorial["preparing"]["dataset_map"] is (importlib.util.find_spec("datasets") is not None)
+    for row in found["results"]:
+        assert row["samples_per_second"] > 0 and len(row["losses"]) == 4 and row["matmul_share"] > 0
+        assert row["process_seconds"] > row["train_runtime"] > 0
+    assert 0 <= ours["waiting_for_data"] < 1
+    assert {"device", "cores", "torch", "transformers", "peft", "accelerate"} <= set(found["machine"])
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="the peer is not installed")
+def test_sfttrainer(data, tiny):
+    found = run("training.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 3,
+                "--variants", "trl 2x2 checkpointing", "trl 4x1")  # fmt: skip
+    assert [len(row["losses"]) for row in found["results"]] == [3, 3]
+
+
+@pytest.mark.slow
+def test_what_fails_is_told(data, tiny):
+    found = run("training.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 2,
+                "--systems", "ours", "--batches", 0, 2)  # fmt: skip
+    nothing, two = found["results"]
+    assert nothing["variant"] == "ours 0x1" and "per_device_train_batch_size is 0" in nothing["failed"]
+    assert two["variant"] == "ours 2x1" and len(two["losses"]) == 2
+
+
+@pytest.mark.slow
+def test_curves(data, tiny):
+    found = run("curves.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 3,
+                "--variants", "padded 4x1", "flattened 2x2")  # fmt: skip
+    assert found["reference"] == "padded 4x1" and len(found["results"]["padded 4x1"]) == 3
+    assert found["absolute_difference"]["flattened 2x2"]["largest"] < 1e-3  # float32: equal up to rounding
+    assert found["absolute_difference"]["padded 4x1"] == {"mean": 0, "largest": 0}
+
+
+@pytest.mark.slow
+def test_scaling(data, tiny):
+    found = run("scaling.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 3,
+                "--ranks", 1, 2, "--batches", 2)  # fmt: skip
+    one, two = found["results"]
+    assert one["efficiency"] == 1.0 and two["ranks"] == 2 and two["efficiency"] > 0
+
+
+@pytest.mark.slow
+def test_job(data, tiny):
+    found = run("job.py", "--data", data, "--size", "tiny", "--model", tiny, "--samples", 12, "--epochs", 1,
+                "--variants", "ours 4x1")  # fmt: skip
+    (row,) = found["results"]
+    assert found["samples"] == 12 and len(row["losses"]) == 3
+    assert row["process_seconds"] > row["train_runtime"] > 0
+
+
+@pytest.mark.slow
+def test_generation(data, tiny):
+    found = run("generation.py", "--data", data, "--size", "tiny", "--model", tiny, "--images", 6,
+                "--images-one-by-one", 2, "--tokens", 5, "--batch-sizes", 4)  # fmt: skip
+    rates = {row["reader"]: row["over_one_by_one"] for row in found["results"]}
+    assert rates["one by one"] == 1.0 and len(rates) == 5 and all(rate > 0 for rate in rates.values())
+
+
+def test_chart(tmp_path):
+    rows = [{"variant": f"{system} {batch}x1", "samples_per_second": rate * batch}
+            for system, rate in (("tutorial", 1.0), ("ours", 10.0)) for batch in (4, 1)]  # fmt: skip
+    rows += [{"variant": "ours 128x1", "failed": "out of memory"}, {"variant": "ours 4x4", "samples_per_second": 9.0}]
+    (tmp_path / "sweep.json").write_text(json.dumps({"machine": {"device": "a GPU", "torch": "2"}, "results": rows}))
+    found = run("chart.py", tmp_path / "sweep.json", "--output", tmp_path / "speed.svg")
+    assert found == {"tutorial": {"1": 1.0, "4": 4.0}, "ours": {"1": 10.0, "4": 40.0}}
+    assert (tmp_path / "speed.svg").read_text().count("<svg") == 1
+
+
+def test_counted_work(tiny, records):
+    """By hand, for the tiny model: its layers' weights times 4 per token, vision times 2 per patch, head times 4."""
+    from transformers import AutoModelForImageTextToText
+
+    from latexocr.train import TrainConfig, load_data
+
+    model = AutoModelForImageTextToText.from_pretrained(tiny)
+    language = sum(weight.numel() for weight in model.model.language_model.layers.parameters())
+    vision = sum(weight.numel() for weight in model.model.visual.parameters())
+    head = model.lm_head.weight.numel()
+    options = {"model_name_or_path": str(tiny), "train_json": str(records["train"]), "image_mode": "fixed"}
+    counts = load_data(TrainConfig(**options, use_cpu=True)).training.counts
+    tokens, answers = (sum(getattr(count, name) for count in counts) / 24 for name in ("total", "answer"))
+    expected = 4 * language * tokens + 2 * vision * 288 + 4 * head * answers  # 504 x 112 pixels are 36 x 8 patches
+    assert load("common").flop_per_sample(tiny, records["train"]) == pytest.approx(expected)
+
+
+def test_steps_and_flags():
+    common = load("common")
+    assert [common.steps_for(f"{name}") for name in ("ours 16x1", "ours 64x1", "tutorial 4x4")] == [60, 24, 24]
+    assert common.flags({"lora_dropout": 0, "flatten": False}) == ["--lora_dropout", "0", "--flatten", "false"]
+
+
+@pytest.mark.slow
 def test_data():
-    found = run("data.py", "--source", str(SAMPLE))
+    found = run("data.py", "--source", SAMPLE)
     assert found["rows"] == 400
-    rates = {name: value for name, value in found.items() if name.endswith("per_second")}
+    rates = {name: value for name, value in found["results"].items() if name.endswith("per_second")}
     assert len(rates) == 4 and all(rate > 0 for rate in rates.values())

@@ -111,7 +111,7 @@ def test_corrupt_pixels_are_found_in_training_and_named(tmp_path, tiny, capsys):
 def test_help_names_every_verb(capsys):
     assert main(["--help"]) == 0
     printed = capsys.readouterr().out
-    for verb in ("data2csv", "csv2json", "preview", "train", "evaluate", "score", "predict", "merge", "build"):
+    for verb in ("data2csv", "csv2json", "preview", "plan", "train", "evaluate", "score", "predict", "merge", "build"):
         assert f"  {verb} " in printed and (ROOT / f"scripts/{verb}.py").is_file()
 
 

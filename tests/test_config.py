@@ -139,7 +139,7 @@ def test_resolved_configuration_can_be_loaded_again(tmp_path):
 
 def test_help_answers_at_once():
     """Half a second is promised; the best of three, because the machine may be busy."""
-    verbs = ("data2csv", "csv2json", "preview", "train", "evaluate", "score", "predict", "merge", "build")
+    verbs = ("data2csv", "csv2json", "preview", "plan", "train", "evaluate", "score", "predict", "merge", "build")
     for verb in verbs:
         seconds = []
         for _ in range(3):

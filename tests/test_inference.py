@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import MODEL_TYPES, SAMPLE
+from conftest import MODEL_TYPES, SAMPLE, write_records
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from latexocr.build import build
 from latexocr.cli import main
@@ -78,11 +79,13 @@ def test_stream_joins_to_the_answer(base):
     assert "".join(pieces) == base(IMAGES[0], max_new_tokens=12) and len(pieces) > 1
 
 
-def test_runaways_are_told_apart(ocr, base):
+def test_runaways_are_told_apart(base, config, tmp_path):
     (endless,) = base.generate(IMAGES[:1], max_new_tokens=12)
     assert endless.num_tokens == 12 and not endless.finished
-    (ended,) = ocr.generate(IMAGES[:1], max_new_tokens=12)
-    assert ended.num_tokens < 12 and ended.finished
+    always_x = write_records(tmp_path / "x.json", [(image, "x") for image in IMAGES])
+    trained = train(config(train_json=str(always_x), max_steps=8, learning_rate=2e-2, lora_alpha=64))
+    (ended,) = LatexOCR.from_pretrained(trained.adapter_dir, device="cpu").generate(IMAGES[:1], max_new_tokens=12)
+    assert (ended.text, ended.num_tokens, ended.finished) == ("x", 2, True)
 
 
 def test_sampling_is_an_option(ocr):
@@ -243,3 +246,11 @@ def test_build_refuses_what_it_cannot(tmp_path):
     (tmp_path / "used/file").touch()
     with pytest.raises(InputError, match="not empty"):
         build(tmp_path / "used", corpus=SAMPLE / "metadata.jsonl")
+
+
+def test_the_built_tokenizer_knows_the_prompt(tiny):
+    """As Qwen's does: nine words and a full stop are ten tokens, not letters."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert tokenizer.tokenize("Write the LaTeX of the formula in this image.") == [
+        "Write", "Ġthe", "ĠLaTeX", "Ġof", "Ġthe", "Ġformula", "Ġin", "Ġthis", "Ġimage", "."
+    ]  # fmt: skip

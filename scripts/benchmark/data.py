@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT))
+import common
+
+sys.path.insert(1, str(common.ROOT))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--source", required=True, help="what data2csv reads")
-    source = parser.parse_args().source
+    parser.add_argument("--output", type=Path, help="file for the JSON, which is printed in any case")
+    arguments = parser.parse_args()
+    source = arguments.source
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder)
         seconds = {
@@ -36,28 +36,15 @@ def main() -> None:
         rows = json.loads((out / "train.json").read_text()) + json.loads((out / "val.json").read_text())
         results = {f"{stage}_rows_per_second": round(len(rows) / taken, 1) for stage, taken in seconds.items()}
         results["normalize_formulas_per_second"] = _normalisation([row["conversations"][1]["value"] for row in rows])
-        _run("build", "--output", str(out / "model"), "--corpus", str(out / "data/data.csv"))
+        common.script("build", "--output", str(out / "model"), "--corpus", str(out / "data/data.csv"))
         results["preprocess_samples_per_second"] = _preprocessing(out)
-    machine = {
-        "cpu": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-    }
-    print(json.dumps({"machine": machine, "rows": len(rows), **results}, indent=2))
+    common.report(arguments, results, rows=len(rows))
 
 
 def _seconds(verb: str, *arguments: str) -> float:
     started = time.perf_counter()
-    _run(verb, *arguments)
+    common.script(verb, *arguments)
     return time.perf_counter() - started
-
-
-def _run(verb: str, *arguments: str) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / f"scripts/{verb}.py"), *arguments], capture_output=True, text=True
-    )
-    if done.returncode:
-        sys.exit(done.stderr)
 
 
 def _normalisation(texts: list[str]) -> float:

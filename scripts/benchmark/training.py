@@ -1,103 +1,73 @@
-"""Training speed and peak memory, this library against the tutorial's script, in one run; prints JSON.
+"""Training speed, peak memory and waiting for data: this library, the tutorial's script and peers in one run.
 
-    python scripts/benchmark/training.py --data outputs/data/train.json --size 2b
+    python scripts/benchmark/training.py --data outputs/data/train.json
+    python scripts/benchmark/training.py --data outputs/data/train.json --batches 1 2 4 8 16 32 64 128   (for chart.py)
 
 The work: Qwen2-VL-2B's shape with random bfloat16 weights (or `--size tiny` on a CPU), LoRA r 64 / alpha 16 /
 dropout 0.05 on the language model's linear layers, AdamW, clipping, every picture at 504 x 112, through
-`latexocr.train` itself: data loading, optimiser and logging included. Each variant runs in a process of its own;
-its figure is the median over the log lines after the first two (start-up and compilation).
+`latexocr.train` itself: data loading, optimiser and logging included. Each variant runs in a process of its own; peers
+that are not installed are left out and named.
 """
 
 from __future__ import annotations
 
-import argparse
-import importlib.metadata
-import json
-import platform
-import statistics
-import subprocess
-import sys
-import tempfile
+import importlib.util
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-LINES_LEFT_OUT = 2
-# name -> options of `latexocr train`; batch x accumulation is 16 unless the name says otherwise
-VARIANTS = {
-    "padded 4x4": {"flatten": False, "compile_layers": False},
-    "padded 16x1": {"flatten": False, "compile_layers": False, "batch": 16},
-    "flattened 16x1": {"compile_layers": False, "batch": 16},
-    "flattened, compiled 4x4": {},
-    "flattened, compiled 16x1": {"batch": 16},
-    "flattened, compiled 64x1": {"batch": 64},
-    "flattened, compiled, checkpointing 16x1": {"batch": 16, "gradient_checkpointing": True},
-}
+import common
+
+VARIANTS = (
+    "tutorial 4x4", "trl 4x4 checkpointing", "trl 4x4", "trl 16x1 checkpointing", "trl 16x1", "padded 16x1",
+    "llamafactory 16x1", "llamafactory 16x1 packing", "flattened 16x1", "ours 4x4", "ours 16x1", "ours 64x1",
+    "ours 16x1 checkpointing",
+)  # fmt: skip
+PEERS = ("tutorial", "trl", "llamafactory")
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="train.json of real formulas")
-    parser.add_argument("--size", choices=["tiny", "2b"], default="2b")
-    parser.add_argument("--steps", type=int, default=60, help="steps of 16 samples; fewer for larger batches")
-    parser.add_argument("--only", nargs="+", help="names of variants; 'tutorial' is the baseline")
+    parser = common.parser(__doc__)
+    parser.add_argument("--variants", nargs="+", default=VARIANTS, help="system, samples x micro-batches, options")
+    parser.add_argument("--batches", type=int, nargs="+", help="instead: these numbers of samples a step")
+    parser.add_argument("--systems", nargs="+", default=["tutorial", "trl", "ours"], help="with --batches")
+    parser.add_argument("--steps", type=int, help="of every variant (default: about 960 samples)")
+    parser.add_argument("--llamafactory", type=Path, help="folder of an installation apart: it needs an older trl")
     arguments = parser.parse_args()
-    chosen = arguments.only or ["tutorial", *VARIANTS]
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        dtype = "bfloat16" if arguments.size == "2b" else "float32"
-        _run([sys.executable, str(ROOT / "scripts/build.py"), "--output", str(model), "--size", arguments.size,
-              "--dtype", dtype])  # fmt: skip
-        results = [_measure(name, model, arguments, Path(folder)) for name in chosen]
-    baseline = next((row["samples_per_second"] for row in results if row["variant"] == "tutorial"), None)
-    for row in results:
-        row["over_tutorial"] = round(row["samples_per_second"] / baseline, 1) if baseline else None
-    print(json.dumps({"machine": _machine(), "results": results}, indent=2))
+    variants = arguments.variants
+    if arguments.batches:
+        variants = [f"{system} {batch}x1" for batch in arguments.batches for system in arguments.systems]
+    if arguments.llamafactory:
+        common.SITES["llamafactory"] = arguments.llamafactory
+    missing = [name for name in PEERS[1:] if importlib.util.find_spec(name) is None and name not in common.SITES]
+    variants = [variant for variant in variants if variant.split()[0] not in missing]
+    with common.workplace(arguments) as (model, folder):
+        matmul, flop = common.matmul_tflops(), common.flop_per_sample(model, arguments.data)
+        results = []
+        for number, variant in enumerate(variants):
+            steps = arguments.steps or common.steps_for(variant)
+            try:
+                results.append(common.train(variant, model, arguments.data, folder / str(number), steps=steps))
+            except common.Failed as error:  # out of memory at a large batch is a result as well
+                results.append({"variant": variant, "failed": str(error)[-300:]})
+        for row in results:
+            if "samples_per_second" in row:
+                row["matmul_share"] = round(row["samples_per_second"] * flop / 1e12 / matmul, 4)
+                row |= {f"over_{system}": _ratio(row, results, system) for system in PEERS}
+        measured = {"matmul_tflops": round(matmul, 2), "gflop_per_sample": round(flop / 1e9, 3)}
+        common.report(arguments, results, not_installed=missing, **measured)
 
 
-def _measure(name: str, model: Path, arguments: argparse.Namespace, folder: Path) -> dict:
-    output = folder / name.replace(" ", "_").replace(",", "")
-    common = ["--model_name_or_path", str(model), "--train_json", str(arguments.data), "--output_dir", str(output)]
-    if name == "tutorial":
-        _run([sys.executable, str(ROOT / "scripts/benchmark/tutorial.py"), *common])
-    else:
-        options = {"batch": 4, **VARIANTS[name]}
-        batch = options.pop("batch")
-        options |= {
-            "per_device_train_batch_size": batch,
-            "gradient_accumulation_steps": max(1, 16 // batch),
-            "max_steps": max(10, arguments.steps * 16 // max(16, batch)),
-            "image_mode": "fixed",
-            "logging_steps": 5,
-            "save_strategy": "no",
-            "swanlab_mode": "disabled",
-            "disable_tqdm": True,
-        }
-        flags = [word for key, value in options.items() for word in (f"--{key}", str(value).lower())]
-        _run([sys.executable, str(ROOT / "scripts/train.py"), *common, *flags])
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    lines = [line for line in lines if "samples_per_second" in line]
-    return {
-        "variant": name,
-        "samples_per_second": round(
-            statistics.median(line["samples_per_second"] for line in lines[LINES_LEFT_OUT:]), 2
-        ),
-        "peak_memory_gib": lines[-1].get("peak_memory_gib"),
-        "losses": [round(line["loss"], 4) for line in lines],
-    }
+def _ratio(row: dict, results: list[dict], system: str) -> float | None:
+    """Against the peer's best variant with at most 16 samples a step; None without one."""
+    rates = [
+        other["samples_per_second"] for other in results
+        if other["variant"].startswith(f"{system} ") and "samples_per_second" in other and _samples(other) <= 16
+    ]  # fmt: skip
+    return round(row["samples_per_second"] / max(rates), 2) if rates else None
 
 
-def _run(command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-
-
-def _machine() -> dict:
-    import torch
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.machine()} CPU"
-    packages = ("torch", "transformers", "peft", "accelerate")
-    return {"device": device, **{package: importlib.metadata.version(package) for package in packages}}
+def _samples(row: dict) -> int:
+    batch, accumulation = map(int, row["variant"].split()[1].split("x"))
+    return batch * accumulation
 
 
 if __name__ == "__main__":
