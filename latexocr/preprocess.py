@@ -8,19 +8,21 @@ is ever cut. It runs lazily in data-loader workers, so no pixel is ever cached o
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from latexocr.errors import InputError
 from latexocr.families import Family
-from latexocr.images import ImageInput, ImagePolicy, image_size, load_image
-from latexocr.records import Record
+from latexocr.images import ImageInput, ImagePolicy, Patcher, image_size, load_image
+from latexocr.records import Record, Records
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
 MASKED = -1  # dataset index of a sample without supervised tokens, which evens out the ranks of an epoch's last step
@@ -38,6 +40,36 @@ class TokenCounts:
     @property
     def total(self) -> int:
         return self.prompt + self.image + self.answer
+
+
+@dataclass(frozen=True)
+class TokenTable(Sequence[TokenCounts]):
+    """The `TokenCounts` of many records in 8 bytes each.
+
+    Args:
+        prompt: the same for all.
+        image: (records,) int32.
+        answer: (records,) int32.
+    """
+
+    prompt: int
+    image: np.ndarray
+    answer: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """(records,) int32."""
+        return self.image + self.answer + np.int32(self.prompt)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> TokenCounts:
+        return TokenCounts(self.prompt, int(self.image[index]), int(self.answer[index]))
+
+    def take(self, indices: np.ndarray) -> TokenTable:
+        """The counts of the records at these places."""
+        return TokenTable(self.prompt, self.image[indices], self.answer[indices])
 
 
 @dataclass(frozen=True)
@@ -71,60 +103,93 @@ class Preprocessor:
     def sample(self, image: ImageInput, text: str, where: str | None = None) -> dict[str, torch.Tensor]:
         """`__call__` for a picture and an answer that are not in a record."""
         features = self.prompt_features(image, where)
-        prompt_ids = features["input_ids"]
-        answer_ids = torch.tensor(self.answer_ids(text, where))
-        features["input_ids"] = torch.cat([prompt_ids, answer_ids])
-        features["labels"] = torch.cat([torch.full_like(prompt_ids, IGNORED), answer_ids])
-        features["attention_mask"] = torch.ones_like(features["input_ids"])
-        for key, value in self.family.padded:
-            features[key] = torch.cat([features[key], torch.full_like(answer_ids, value)])
+        (answer,) = self.answers([text], [where])
+        # numpy: a torch operation on a tensor this small is mostly the call
+        prompt_length, answer_ids = len(features["input_ids"]), np.array(answer)
+        for key, value in (("input_ids", answer_ids), ("attention_mask", 1), *self.family.padded):
+            features[key] = _longer(features[key], len(answer), value)
+        labels = features["input_ids"].numpy().copy()
+        labels[:prompt_length] = IGNORED
+        features["labels"] = torch.from_numpy(labels)
         return features
 
     def prompt_features(self, image: ImageInput, where: str | None = None) -> dict[str, torch.Tensor]:
         """What generation starts from: the same prompt, token types and patches as in training, no answer."""
-        picture = self.policy.apply(load_image(image, where))
-        # The policy has done the resizing; the image processor normalises and cuts patches.
-        patches = self.processor.image_processor(images=[picture], do_resize=False, return_tensors="pt")
-        num_tokens = int(patches["image_grid_thw"].prod()) // self.processor.image_processor.merge_size**2
+        pixel_values, grid_thw = self._patches(self.policy.canvas(load_image(image, where)))
+        num_tokens = len(pixel_values) // self.processor.image_processor.merge_size**2
         before, after = self._prompt_halves
-        input_ids = torch.tensor([*before, *[self.processor.image_token_id] * num_tokens, *after])
+        input_ids = np.concatenate([before, np.full(num_tokens, self.processor.image_token_id), after])
         return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
-            "pixel_values": patches["pixel_values"],
-            "image_grid_thw": patches["image_grid_thw"],
+            "input_ids": torch.from_numpy(input_ids),
+            "attention_mask": torch.from_numpy(np.ones_like(input_ids)),
+            "mm_token_type_ids": torch.from_numpy((input_ids == self.processor.image_token_id).astype(np.int64)),
+            "pixel_values": pixel_values,
+            "image_grid_thw": grid_thw,
         }
 
-    def answer_ids(self, text: str, where: str | None = None) -> list[int]:
-        """Ids of answer and end token, taken from the template's rendering of the whole conversation."""
-        conversation = [
-            *self._messages,
-            {"role": "assistant", "content": [{"type": "text", "text": text}]},
-        ]
+    def answers(self, texts: Sequence[str], wheres: Sequence[str | None]) -> list[list[int]]:
+        """Ids of answer and end token of each text: those of the template's rendering of the whole conversation.
+
+        Only what the answer can change is tokenised: the text from the prompt's last special token on, at which
+        tokenizers split before they do anything else.
+
+        Raises:
+            InputError: the template changes an answer, the tokenizer merges it with the prompt, or it contains a
+                special token; `wheres` names it.
+        """
+        for text, where in zip(texts, wheres, strict=True):
+            self._check_rendering(text, where)
+        tail, tail_ids = self._prompt_tail
+        end = self.family.end_token
+        encoded = self.processor.tokenizer(
+            [tail + text + end for text in texts], add_special_tokens=False, return_attention_mask=False
+        )
+        answers = []
+        for ids, where in zip(encoded["input_ids"], wheres, strict=True):
+            answer_ids = ids[len(tail_ids) :]
+            if ids[: len(tail_ids)] != tail_ids:
+                raise InputError(f"{where or 'answer'}: the tokenizer merges the end of the prompt with the answer")
+            if not self._special_ids.isdisjoint(answer_ids[:-1]):
+                token = next(token for token in answer_ids if token in self._special_ids)
+                name = self.processor.tokenizer.convert_ids_to_tokens(token)
+                raise InputError(f"{where or 'answer'}: the text contains the special token {name}; delete the record")
+            answers.append(answer_ids)
+        return answers
+
+    def count_tokens(self, record: Record) -> TokenCounts:
+        """Exact token counts from the image's header and the texts, without decoding a pixel."""
+        return self.count_all([record])[0]
+
+    def count_all(self, records: Sequence[Record]) -> TokenTable:
+        """`count_tokens` of many records, tokenised together."""
+        image = [self.policy.visual_tokens(*image_size(record.image_path, record.where)) for record in records]
+        answers = self.answers([record.text for record in records], [record.where for record in records])
+        lengths = np.array([image, [len(answer) for answer in answers]], np.int32)
+        return TokenTable(self.prompt_length, *lengths)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of chat template and instruction, without image tokens."""
+        return len(self._prompt_ids) - 1
+
+    def _check_rendering(self, text: str, where: str | None) -> None:
+        conversation = [*self._messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         whole = self.processor.apply_chat_template(conversation, tokenize=False)
-        supervised = text + self.family.end_token
-        if not whole.startswith(self._prompt_text + supervised):
+        if not whole.startswith(self._prompt_text + text + self.family.end_token):
             raise InputError(
                 f"{where or 'answer'}: the chat template changes the answer or does not start with the prompt; "
                 f"it rendered {whole[len(self._prompt_text) :][:80]!r} for {text[:80]!r}"
             )
-        whole_ids = self._ids(self._prompt_text + supervised)
-        prompt_ids = self._prompt_ids
-        if whole_ids[: len(prompt_ids)] != prompt_ids:
-            raise InputError(f"{where or 'answer'}: the tokenizer merges the end of the prompt with the answer")
-        answer_ids = whole_ids[len(prompt_ids) :]
-        for token in answer_ids[:-1]:
-            if token in self._special_ids:
-                name = self.processor.tokenizer.convert_ids_to_tokens(token)
-                raise InputError(f"{where or 'answer'}: the text contains the special token {name}; delete the record")
-        return answer_ids
 
-    def count_tokens(self, record: Record) -> TokenCounts:
-        """Exact token counts from the image's header and the texts, without decoding a pixel."""
-        width, height = image_size(record.image_path, record.where)
-        image_tokens = self.policy.visual_tokens(width, height)
-        return TokenCounts(len(self._prompt_ids) - 1, image_tokens, len(self.answer_ids(record.text, record.where)))
+    @cached_property
+    def _patches(self) -> Callable[[Image.Image], tuple[torch.Tensor, torch.Tensor]]:
+        """The policy has done the resizing; what is left is to normalise and to cut patches."""
+        image_processor = self.processor.image_processor
+        patcher = Patcher.equal_to(image_processor)
+        if patcher is None:
+            logger.info(f"{type(image_processor).__name__} makes the patches itself, which is slower")
+            return partial(_processed, image_processor)
+        return patcher
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -144,6 +209,17 @@ class Preprocessor:
         return self._ids(self._prompt_text)
 
     @cached_property
+    def _prompt_tail(self) -> tuple[str, list[int]]:
+        """Text and ids of the prompt from its last special token on, or all of it."""
+        ids, text = self._prompt_ids, self._prompt_text
+        special = [at for at, token in enumerate(ids) if token in self._special_ids]
+        if special:
+            start = text.rfind(self.processor.tokenizer.convert_ids_to_tokens(ids[special[-1]]))
+            if start >= 0 and self._ids(text[start:]) == ids[special[-1] :]:
+                return text[start:], ids[special[-1] :]
+        return text, ids
+
+    @cached_property
     def _prompt_halves(self) -> tuple[list[int], list[int]]:
         """Prompt ids before and after the image token that the template writes once per image."""
         ids, image_id = self._prompt_ids, self.processor.image_token_id
@@ -154,6 +230,18 @@ class Preprocessor:
 
     def _ids(self, text: str) -> list[int]:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+
+def _longer(values: torch.Tensor, length: int, fill: np.ndarray | int) -> torch.Tensor:
+    """(n,) -> (n + length,), the new part filled."""
+    result = np.empty(len(values) + length, np.int64)
+    result[: len(values)], result[len(values) :] = values.numpy(), fill
+    return torch.from_numpy(result)
+
+
+def _processed(image_processor: Any, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+    patches = image_processor(images=[picture.convert("RGB")], do_resize=False, return_tensors="pt")
+    return patches["pixel_values"], patches["image_grid_thw"]
 
 
 class FormulaDataset(Dataset):
@@ -177,45 +265,81 @@ class FormulaDataset(Dataset):
 class Selection:
     """Records that fit, their lengths, and what was dropped."""
 
-    records: list[Record]
-    counts: list[TokenCounts]
-    dropped: list[tuple[Record, TokenCounts]]
+    records: Records
+    counts: TokenTable
+    dropped: Records
 
 
 def select(
-    records: Sequence[Record],
+    records: Records,
     preprocessor: Preprocessor,
     *,
     max_length: int,
     overlong: Literal["drop", "error"] = "drop",
-    num_threads: int = 8,
+    num_workers: int = 0,
 ) -> Selection:
     """Measure every record and leave out the overlong ones: never cut, always counted.
 
     Args:
         max_length: most tokens of prompt, image, answer and end token together.
         overlong: "drop" leaves the record out and reports it, "error" refuses the data set.
-        num_threads: image headers are read in parallel.
+        num_workers: processes that measure.
 
     Raises:
         InputError: an overlong record under "error"; an unreadable image; nothing left.
     """
-    with ThreadPoolExecutor(num_threads) as pool:
-        counts = list(pool.map(preprocessor.count_tokens, records))
-    kept = [index for index, count in enumerate(counts) if count.total <= max_length]
-    dropped = [(records[i], counts[i]) for i in range(len(records)) if counts[i].total > max_length]
-    if dropped:
-        record, count = dropped[0]
+    counts = measure(records, preprocessor, num_workers=num_workers)
+    fits = counts.total <= max_length
+    kept, dropped = np.flatnonzero(fits), np.flatnonzero(~fits)
+    if len(dropped):
+        record, count = records[dropped[0]], counts[dropped[0]]
         message = (
             f"{len(dropped):,} of {len(records):,} records are longer than max_length {max_length}, first: "
             f"{record.where} has {count.total} tokens ({count.image} of the image, {count.answer} of the answer)"
         )
         if overlong == "error":
             raise InputError(f"{message}; raise --max_length or use --overlong drop")
-        if not kept:
+        if not len(kept):
             raise InputError(f"{message}; nothing is left to use: raise --max_length or lower --max_visual_tokens")
         logger.warning(f"dropped: {message}")
-    return Selection([records[i] for i in kept], [counts[i] for i in kept], dropped)
+    return Selection(records.take(kept), counts.take(kept), records.take(dropped))
+
+
+def measure(records: Records, preprocessor: Preprocessor, *, num_workers: int = 0) -> TokenTable:
+    """`Preprocessor.count_tokens` of all records, in processes of their own where there are many.
+
+    Raises:
+        InputError: an image or a text that cannot be used; the first one in the file is named.
+    """
+    spans = _Spans(records, preprocessor)
+    loader = DataLoader(spans, batch_size=None, num_workers=num_workers if len(spans) > 1 else 0)
+    tables = []
+    with tqdm(total=len(records), desc="measuring", unit="record", delay=2, leave=False) as bar:
+        for found in loader:
+            if isinstance(found, InputError):
+                raise found
+            tables.append(found)
+            bar.update(found.shape[1])
+    return TokenTable(preprocessor.prompt_length, *np.concatenate(tables, axis=1))
+
+
+class _Spans(Dataset):
+    """Runs of neighbouring records -> their lengths of image and answer (2, records), or the error."""
+
+    SIZE = 512
+
+    def __init__(self, records: Records, preprocessor: Preprocessor) -> None:
+        self.records, self.preprocessor = records, preprocessor
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.SIZE)
+
+    def __getitem__(self, index: int) -> torch.Tensor | InputError:
+        try:
+            table = self.preprocessor.count_all(list(self.records[index * self.SIZE : (index + 1) * self.SIZE]))
+        except InputError as error:  # the loader would wrap its message in a traceback
+            return error
+        return torch.from_numpy(np.stack([table.image, table.answer]))
 
 
 def decode_sample(sample: dict[str, torch.Tensor], preprocessor: Preprocessor) -> str:

@@ -19,6 +19,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from transformers import EarlyStoppingCallback, TrainingArguments, set_seed
@@ -311,12 +312,10 @@ def announce(trainer: FormulaTrainer, training: Selection, validation: Selection
 
 
 def _statistics(selection: Selection) -> str:
-    totals = sorted(count.total for count in selection.counts)
-    image = sum(count.image for count in selection.counts) / len(totals)
-    answer = sum(count.answer for count in selection.counts) / len(totals)
+    totals, counts = np.sort(selection.counts.total), selection.counts
     return (
-        f"median {totals[len(totals) // 2]}, longest {totals[-1]}, all {sum(totals):,} "
-        f"(mean image {image:.0f}, answer {answer:.0f})"
+        f"median {totals[len(totals) // 2]}, longest {totals[-1]}, all {totals.sum():,} "
+        f"(mean image {counts.image.mean():.0f}, answer {counts.answer.mean():.0f})"
     )
 
 
@@ -337,7 +336,10 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:
-    return select(read_records(path), preprocessor, max_length=config.max_length, overlong=config.overlong)
+    return select(
+        read_records(path), preprocessor, max_length=config.max_length, overlong=config.overlong,
+        num_workers=config.dataloader_num_workers,
+    )  # fmt: skip
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:

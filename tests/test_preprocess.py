@@ -93,7 +93,8 @@ def test_overlong_records_are_dropped_and_counted_or_refused(tiny, tmp_path):
     rows = read_records(write_records(tmp_path / "t.json", [(image, "x"), (image, "x + " * 400), (image, "y")]))
     chosen = select(rows, preprocessor, max_length=300)
     assert [record.text for record in chosen.records] == ["x", "y"]
-    assert len(chosen.dropped) == 1 and chosen.dropped[0][1].total > 300
+    assert [record.text for record in chosen.dropped] == ["x + " * 400]
+    assert max(chosen.counts.total) <= 300 and len(chosen.counts) == 2
     with pytest.raises(InputError, match=r"1 of 3 records are longer than max_length 300, first: t\.json record 1"):
         select(rows, preprocessor, max_length=300, overlong="error")
     with pytest.raises(InputError, match="nothing is left to use"):
