@@ -43,7 +43,7 @@ class FormulaCollator(DataCollatorForSeq2Seq):
             extra = batch["input_ids"].shape[1] - padded.shape[1]  # pad_to_multiple_of
             batch[key] = torch.nn.functional.pad(padded, (extra, 0), value=value)
         for key in self.family.concatenated:
-            batch[key] = torch.cat([feature[key] for feature in features])
+            batch[key] = joined([feature[key] for feature in features])
         if "labels" in text[0]:
             supervised = (batch["labels"][:, 1:] != self.label_pad_token_id).any(dim=0)
             batch["logits_to_keep"] = supervised.nonzero()[:, 0]
@@ -78,7 +78,7 @@ class FlattenedCollator(FormulaCollator):
             "position_ids": torch.cat([self._positions(feature) for feature in features], dim=1)[:, None],
             "text_cu_seqlens": _boundaries(lengths),
             "text_max_seqlen": bucketed(max(lengths)),
-            "pixel_values": torch.cat([feature["pixel_values"] for feature in features]),
+            "pixel_values": joined([feature["pixel_values"] for feature in features]),
             "image_grid_thw": grids,
             "image_position_ids": get_vision_position_ids(grids, self.merge_size),
             "image_cu_seqlens": _boundaries(patches),
@@ -87,6 +87,14 @@ class FlattenedCollator(FormulaCollator):
 
     def _positions(self, feature: dict[str, torch.Tensor]) -> torch.Tensor:
         return rope_positions(feature["mm_token_type_ids"], feature["image_grid_thw"], self.merge_size)
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts along the first dimension; patches as bytes get three planes each where one picture has colours."""
+    if parts[0].dtype == torch.uint8:
+        planes = max(part.shape[1] for part in parts)
+        parts = [part.expand(-1, planes, -1) for part in parts]
+    return torch.cat(parts)
 
 
 def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: int) -> torch.Tensor:

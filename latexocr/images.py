@@ -12,6 +12,7 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -21,7 +22,6 @@ from latexocr.errors import InputError
 from latexocr.pictures import PictureError, check_size, flatten, load_picture, open_picture, orientation, png_size
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 ImageInput = "str | Path | bytes | Image.Image | np.ndarray"
@@ -145,24 +145,25 @@ def image_size(path: Path, where: str | None = None) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Patcher:
-    """Picture -> normalised patches: the work of `Qwen2VLImageProcessor` without its overhead, bit for bit.
+    """Picture -> patches: the work of `Qwen2VLImageProcessor` in two halves, bit for bit and without its overhead.
 
-    Why: the checkpoint's own image processor spends most of its half millisecond on validating options that never
-    change, and computes three channels of a grey picture three times.
+    Why: the checkpoint's own image processor validates at every call options that never change, and makes 24 bytes of
+    each byte of a grey picture (three equal channels, twice the same picture, float32), all of which would have to
+    travel from the worker to the GPU. `cut` runs in the worker, `normalise` on the GPU.
 
     Args:
         patch_size: side of a patch in pixels.
         merge_size: patches a side of a visual token.
         temporal_patch_size: how often a still picture is repeated in a patch.
-        mean: (channels,) of a pixel from 0 to 255, float32.
-        std: (channels,) likewise.
+        mean: of each channel's pixels, which go from 0 to 255; a float32 value.
+        std: likewise.
     """
 
     patch_size: int
     merge_size: int
     temporal_patch_size: int
-    mean: np.ndarray
-    std: np.ndarray
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
 
     @classmethod
     def equal_to(cls, image_processor: Any) -> Patcher | None:
@@ -174,29 +175,28 @@ class Patcher:
         import torch
 
         names = ("image_mean", "image_std", "rescale_factor", "patch_size", "merge_size", "temporal_patch_size")
-        facts = {name: getattr(image_processor, name, None) for name in names}
-        if None in facts.values():
+        mean, std, rescale_factor, *sizes = (getattr(image_processor, name, None) for name in names)
+        if None in (mean, std, rescale_factor, *sizes):
             return None
-        mean, std = (
-            (torch.tensor(facts[name]) * (1.0 / facts["rescale_factor"])).numpy() for name in names[:2]
-        )  # in the processor's own order of operations: its rounding is part of its result
-        patcher = cls(facts["patch_size"], facts["merge_size"], facts["temporal_patch_size"], mean, std)
-        cell = patcher.patch_size * patcher.merge_size
-        noise = np.random.default_rng(0).integers(0, 256, (2 * cell, 3 * cell, 3), dtype=np.uint8)
+        # in the processor's own order of operations: its rounding is part of its result
+        mean, std = ((torch.tensor(values) * (1.0 / rescale_factor)).tolist() for values in (mean, std))
+        patcher = cls(*sizes, tuple(mean), tuple(std))
+        height, width = (cells * patcher.patch_size * patcher.merge_size for cells in (2, 3))
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = Image.fromarray(noise)
         theirs = image_processor(images=[picture], do_resize=False, return_tensors="pt")
-        pixel_values, grid_thw = patcher(picture)
-        same = torch.equal(pixel_values, theirs["pixel_values"]) and torch.equal(grid_thw, theirs["image_grid_thw"])
-        return patcher if same else None
+        pixels, grid_thw = patcher.cut(picture)
+        same = torch.equal(patcher.normalise(pixels), theirs["pixel_values"])
+        return patcher if same and torch.equal(grid_thw, theirs["image_grid_thw"]) else None
 
-    def __call__(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-        """Patches and their grid.
+    def cut(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches as bytes, and their grid.
 
         Args:
             picture: mode L or RGB, both sides whole cells.
 
         Returns:
-            pixel_values (patches, channels * temporal * patch * patch), image_grid_thw (1, 3).
+            pixels (patches, 1 or 3 planes, patch * patch) uint8, image_grid_thw (1, 3).
         """
         import numpy as np
         import torch
@@ -204,16 +204,29 @@ class Patcher:
         patch, merge = self.patch_size, self.merge_size
         grid_h, grid_w = picture.height // patch, picture.width // patch
         pixels = np.asarray(picture).reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, -1)
-        # rows of merge x merge blocks of patches; in a patch channel, row, column
-        pixels = pixels.transpose(0, 3, 1, 4, 6, 2, 5).reshape(grid_h * grid_w, -1, patch * patch)  # moved as bytes
-        pixels = pixels.astype(np.float32)
-        channels = len(self.mean)
-        values = np.empty((len(pixels), channels, self.temporal_patch_size, patch * patch), np.float32)
-        for channel in range(channels):
-            plane = pixels[:, channel % pixels.shape[1]] - self.mean[channel]  # grey is all three channels
-            values[:, channel] = np.divide(plane, self.std[channel], out=plane)[:, None]
-        grid_thw = torch.tensor([[1, grid_h, grid_w]])
-        return torch.from_numpy(values.reshape(len(pixels), -1)), grid_thw
+        # rows of merge x merge blocks of patches; in a patch plane, row, column
+        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5))
+        planes = torch.from_numpy(pixels).view(grid_h * grid_w, -1, patch * patch)
+        return planes, torch.tensor([[1, grid_h, grid_w]])
+
+    def normalise(self, pixels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`pixel_values` (patches, channels * temporal * patch * patch) from the bytes of `cut`, on their device.
+
+        Args:
+            pixels: (patches, planes, patch * patch); one plane stands for all channels.
+            dtype: of the result; float32 by default. The arithmetic is float32 always.
+        """
+        mean, std = (_column(values, pixels.device) for values in (self.mean, self.std))
+        values = ((pixels.float()[:, :, None] - mean) / std).to(dtype)
+        return values.expand(-1, -1, self.temporal_patch_size, -1).flatten(1)
+
+
+@lru_cache
+def _column(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(1, channels, 1, 1), moved to the device once: a tensor, because CUDA divides by numbers inexactly."""
+    import torch
+
+    return torch.tensor(values, device=device)[None, :, None, None]
 
 
 def unpatchify(pixel_values: torch.Tensor, grid_thw: torch.Tensor, image_processor: Any) -> Image.Image:

@@ -8,14 +8,13 @@ is ever cut. It runs lazily in data-loader workers, so no pixel is ever cached o
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -100,32 +99,51 @@ class Preprocessor:
         """
         return self.sample(record.image_path, record.text, record.where)
 
-    def sample(self, image: ImageInput, text: str, where: str | None = None) -> dict[str, torch.Tensor]:
-        """`__call__` for a picture and an answer that are not in a record."""
-        features = self.prompt_features(image, where)
+    def sample(
+        self, image: ImageInput, text: str, where: str | None = None, *, as_bytes: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """`__call__` for a picture and an answer that are not in a record.
+
+        Args:
+            as_bytes: leave the patches for `normalise`, if the image processor's work can be split so.
+        """
         (answer,) = self.answers([text], [where])
-        # numpy: a torch operation on a tensor this small is mostly the call
-        prompt_length, answer_ids = len(features["input_ids"]), np.array(answer)
-        for key, value in (("input_ids", answer_ids), ("attention_mask", 1), *self.family.padded):
-            features[key] = _longer(features[key], len(answer), value)
-        labels = features["input_ids"].numpy().copy()
-        labels[:prompt_length] = IGNORED
-        features["labels"] = torch.from_numpy(labels)
-        return features
+        prompt, patches = self._prompt(image, where, as_bytes)
+        supervised = {"input_ids": answer, "attention_mask": 1, **dict(self.family.padded)}
+        whole = {key: _longer(values, len(answer), supervised[key]) for key, values in prompt.items()}
+        whole["labels"] = whole["input_ids"].copy()
+        whole["labels"][: -len(answer)] = IGNORED
+        return {**_tensors(whole), **patches}
 
     def prompt_features(self, image: ImageInput, where: str | None = None) -> dict[str, torch.Tensor]:
         """What generation starts from: the same prompt, token types and patches as in training, no answer."""
-        pixel_values, grid_thw = self._patches(self.policy.canvas(load_image(image, where)))
-        num_tokens = len(pixel_values) // self.processor.image_processor.merge_size**2
+        prompt, patches = self._prompt(image, where, as_bytes=False)
+        return {**_tensors(prompt), **patches}
+
+    def normalise(self, pixel_values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What the model gets from the patches of a sample or a batch `as_bytes`; others stay as they are."""
+        return pixel_values if pixel_values.is_floating_point() else self._patcher.normalise(pixel_values, dtype)
+
+    def _prompt(
+        self, image: ImageInput, where: str | None, as_bytes: bool
+    ) -> tuple[dict[str, np.ndarray], dict[str, torch.Tensor]]:
+        """What a token has, in numpy, where short arrays cost less than in torch; and what an image has."""
+        picture = self.policy.canvas(load_image(image, where))
+        if self._patcher is None:
+            patches = self.processor.image_processor([picture.convert("RGB")], do_resize=False, return_tensors="pt")
+            pixel_values, grid_thw = patches["pixel_values"], patches["image_grid_thw"]
+        else:
+            pixel_values, grid_thw = self._patcher.cut(picture)
+        num_tokens = pixel_values.shape[0] // self.processor.image_processor.merge_size**2
         before, after = self._prompt_halves
         input_ids = np.concatenate([before, np.full(num_tokens, self.processor.image_token_id), after])
-        return {
-            "input_ids": torch.from_numpy(input_ids),
-            "attention_mask": torch.from_numpy(np.ones_like(input_ids)),
-            "mm_token_type_ids": torch.from_numpy((input_ids == self.processor.image_token_id).astype(np.int64)),
-            "pixel_values": pixel_values,
-            "image_grid_thw": grid_thw,
+        prompt = {
+            "input_ids": input_ids,
+            "attention_mask": np.ones_like(input_ids),
+            "mm_token_type_ids": (input_ids == self.processor.image_token_id).astype(np.int64),
         }
+        pixel_values = pixel_values if as_bytes else self.normalise(pixel_values)
+        return prompt, {"pixel_values": pixel_values, "image_grid_thw": grid_thw}
 
     def answers(self, texts: Sequence[str], wheres: Sequence[str | None]) -> list[list[int]]:
         """Ids of answer and end token of each text: those of the template's rendering of the whole conversation.
@@ -182,13 +200,11 @@ class Preprocessor:
             )
 
     @cached_property
-    def _patches(self) -> Callable[[Image.Image], tuple[torch.Tensor, torch.Tensor]]:
-        """The policy has done the resizing; what is left is to normalise and to cut patches."""
+    def _patcher(self) -> Patcher | None:
         image_processor = self.processor.image_processor
         patcher = Patcher.equal_to(image_processor)
         if patcher is None:
             logger.info(f"{type(image_processor).__name__} makes the patches itself, which is slower")
-            return partial(_processed, image_processor)
         return patcher
 
     @cached_property
@@ -232,32 +248,35 @@ class Preprocessor:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
-def _longer(values: torch.Tensor, length: int, fill: np.ndarray | int) -> torch.Tensor:
+def _longer(values: np.ndarray, length: int, fill: list[int] | int) -> np.ndarray:
     """(n,) -> (n + length,), the new part filled."""
-    result = np.empty(len(values) + length, np.int64)
-    result[: len(values)], result[len(values) :] = values.numpy(), fill
-    return torch.from_numpy(result)
+    result = np.empty(len(values) + length, values.dtype)
+    result[:-length], result[-length:] = values, fill
+    return result
 
 
-def _processed(image_processor: Any, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
-    patches = image_processor(images=[picture.convert("RGB")], do_resize=False, return_tensors="pt")
-    return patches["pixel_values"], patches["image_grid_thw"]
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(values) for key, values in arrays.items()}
 
 
 class FormulaDataset(Dataset):
-    """Records, preprocessed one by one when a data-loader worker asks for them."""
+    """Records, preprocessed one by one when a data-loader worker asks for them.
 
-    def __init__(self, records: Sequence[Record], preprocessor: Preprocessor) -> None:
-        self.records, self.preprocessor = records, preprocessor
+    Args:
+        as_bytes: a twenty-fourth of the memory for a picture; `Preprocessor.normalise` is to follow on the device.
+    """
+
+    def __init__(self, records: Sequence[Record], preprocessor: Preprocessor, *, as_bytes: bool = False) -> None:
+        self.records, self.preprocessor, self.as_bytes = records, preprocessor, as_bytes
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        if index != MASKED:
-            return self.preprocessor(self.records[index])
-        sample = self.preprocessor(self.records[0])
-        sample["labels"] = torch.full_like(sample["labels"], IGNORED)
+        record = self.records[0 if index == MASKED else index]
+        sample = self.preprocessor.sample(record.image_path, record.text, record.where, as_bytes=self.as_bytes)
+        if index == MASKED:
+            sample["labels"].fill_(IGNORED)
         return sample
 
 

@@ -137,6 +137,12 @@ class FormulaTrainer(Trainer):
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
         return loader
 
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Pictures travel as bytes and become numbers on the device."""
+        inputs = super()._prepare_inputs(inputs)
+        dtype = torch.bfloat16 if self.args.bf16 else None
+        return {**inputs, "pixel_values": self.train_dataset.preprocessor.normalise(inputs["pixel_values"], dtype)}
+
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
