@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq
@@ -80,7 +82,7 @@ class FlattenedCollator(FormulaCollator):
             "text_max_seqlen": bucketed(max(lengths)),
             "pixel_values": joined([feature["pixel_values"] for feature in features]),
             "image_grid_thw": grids,
-            "image_position_ids": get_vision_position_ids(grids, self.merge_size),
+            "image_position_ids": torch.cat([_patch_positions(tuple(g), self.merge_size) for g in grids.tolist()]),
             "image_cu_seqlens": _boundaries(patches),
             "image_max_seqlen": bucketed(max(patches)),
         }
@@ -114,18 +116,27 @@ def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: i
     >>> rope_positions(torch.tensor([0, 1, 1, 0]), torch.tensor([[1, 2, 4]]), 2).tolist()
     [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
     """
-    positions, start, at = [], 0, 0
-    starts = ((token_types[1:] == 1) & (token_types[:-1] == 0)).nonzero()[:, 0] + 1
-    for first, (_, height, width) in zip(starts.tolist(), (grids // merge_size).tolist(), strict=True):
-        positions.append(torch.arange(start, start + first - at).expand(3, -1))
+    types = token_types.numpy()  # short arrays cost less in numpy than in torch
+    positions, start, at = np.empty((3, len(types)), np.int64), 0, 0
+    firsts = np.flatnonzero((types[1:] == 1) & (types[:-1] == 0)) + 1
+    for first, (_, height, width) in zip(firsts.tolist(), (grids // merge_size).tolist(), strict=True):
+        positions[:, at:first] = np.arange(start, start + first - at)
         start += first - at
-        rows = torch.arange(height).repeat_interleave(width) + start
-        columns = torch.arange(width).repeat(height) + start
-        positions.append(torch.stack([torch.full_like(rows, start), rows, columns]))
-        start += max(height, width)
         at = first + height * width
-    positions.append(torch.arange(start, start + len(token_types) - at).expand(3, -1))
-    return torch.cat(positions, dim=1)
+        positions[:, first:at] = start
+        image = positions[:, first:at].reshape(3, height, width)
+        image[1] += np.arange(height)[:, None]
+        image[2] += np.arange(width)
+        positions[:, first:at] = image.reshape(3, -1)
+        start += max(height, width)
+    positions[:, at:] = np.arange(start, start + len(types) - at)
+    return torch.from_numpy(positions)
+
+
+@lru_cache(maxsize=4096)
+def _patch_positions(grid_thw: tuple[int, int, int], merge_size: int) -> torch.Tensor:
+    """(patches, 2) rows and columns of an image's patches; most images of a data set share a few hundred grids."""
+    return get_vision_position_ids(torch.tensor([grid_thw]), merge_size)
 
 
 def _boundaries(lengths: list[int]) -> torch.Tensor:

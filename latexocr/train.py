@@ -205,6 +205,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         InputError: data, model or options that cannot be used; nothing has been written then.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own would warn in every forked worker
     resolve_mode(config.swanlab_mode)  # a wrong mode is refused before anything is loaded
     if not config.train_json:
         raise InputError("train_json is not set: give the file that csv2json wrote (--train_json train.json)")
