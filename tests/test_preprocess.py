@@ -168,6 +168,17 @@ def test_a_template_that_changes_the_answer_is_refused(tiny):
         preprocessor.sample(Image.new("L", (56, 28)), " x ")
 
 
+@pytest.mark.parametrize(("filter_", "text"), [("trim", "x "), ("replace('q', 'Q')", "a q b")])
+def test_a_template_that_changes_one_of_many_answers_is_refused(tiny, tmp_path, filter_, text):
+    preprocessor = make(tiny)
+    template = preprocessor.processor.chat_template
+    preprocessor.processor.chat_template = template.replace("part.text", f"part.text|{filter_}")
+    image = str(SAMPLE / "images/000000.png")
+    rows = read_records(write_records(tmp_path / "t.json", [(image, "x")] * 30 + [(image, text), (image, "y")]))
+    with pytest.raises(InputError, match=r"t\.json record 30 .*: the chat template changes the answer"):
+        measure(rows, preprocessor)
+
+
 def test_overlong_records_are_dropped_and_counted_or_refused(tiny, tmp_path):
     preprocessor = make(tiny)
     image = str(SAMPLE / "images/000000.png")
