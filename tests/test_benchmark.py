@@ -59,8 +59,8 @@ def test_preprocessing(sample_json):
 
 
 def test_startup(sample_json):
-    found = run("startup.py", "--data", str(sample_json), "--records", "32", "64", "--steps", "2")
-    assert [row["records"] for row in found["results"]] == [32, 64]
+    found = run("startup.py", "--data", str(sample_json), "--records", "400", "800", "--steps", "2")
+    assert [row["records"] for row in found["results"]] == [400, 800]
     for row in found["results"]:
         assert row["seconds_to_first_step"] > 0 and row["load_seconds"] > 0
         assert row["processes"] == row["workers"] + 1 and row["rss_mib"] > row["pss_mib"] > 0

@@ -4,9 +4,10 @@
 
 The tutorial's function, written afresh from its description: the picture resized to 504 x 112 by
 `qwen_vl_utils.process_vision_info`, the processor's call, everything through `.tolist()` and back, rows through
-`datasets.Dataset.map` into an Arrow file (PIL and a plain list where those packages are missing: "tutorial_through"
-says what ran). CPU seconds, so that other work on the machine disturbs little. Ours gives the same arrays one by one ("as arrays"), or what training makes
-the workers do: pixels as bytes, normalised on the GPU ("as in training", with the collator). One process, one thread.
+`datasets.Dataset.map` into an Arrow file. Where a package is missing, PIL and a list stand in; "tutorial_through" says
+what was there. Ours gives the same arrays one by one ("as arrays"), or what training makes the workers do: pixels as
+bytes, normalised on the GPU ("as in training", with the collator). One process, one thread; CPU seconds, because other
+work on the machine disturbs them least.
 """
 
 from __future__ import annotations
