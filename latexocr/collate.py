@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
@@ -53,7 +55,7 @@ class FormulaCollator(DataCollatorForSeq2Seq):
 
     def _joined(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
         keys = [key for key in self.family.concatenated if key in features[0]]
-        return {key: torch.cat([feature[key] for feature in features]) for key in keys}
+        return {key: joined([feature[key] for feature in features]) for key in keys}
 
 
 @dataclass
@@ -111,16 +113,18 @@ class FlattenedCollator(FormulaCollator):
 
     def _images(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         grids = torch.cat([feature["image_grid_thw"] for feature in features])
-        pixel_values = torch.cat([feature["pixel_values"] for feature in features])
-        positions = get_vision_position_ids(grids, self.merge_size)
+        pixel_values = joined([feature["pixel_values"] for feature in features])
+        positions = torch.cat([_patch_positions(tuple(row), self.merge_size) for row in grids.tolist()])
         patches = (grids[:, 1] * grids[:, 2]).tolist()
-        grid = tuple(tuple(row) for row in grids.tolist())
+        grid: Any = grids
+        if self.family.grid_free:
+            grid = ((1, self.merge_size, len(pixel_values) // self.merge_size),)  # only its size is read
         if self.round_up and self.family.grid_free:
             extra = rounded(len(pixel_values)) - len(pixel_values)
             patches.append(extra)
-            pixel_values = pad(pixel_values, (0, 0, 0, extra))
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(extra, *pixel_values.shape[1:])])
             positions = pad(positions, (0, 0, 0, extra))
-            grid = ((1, self.merge_size, len(pixel_values) // self.merge_size),)  # only its size is read
+            grid = ((1, self.merge_size, len(pixel_values) // self.merge_size),)
         return {
             "pixel_values": pixel_values,
             "image_grid_thw": grid,
@@ -131,6 +135,14 @@ class FlattenedCollator(FormulaCollator):
 
     def _positions(self, feature: dict[str, torch.Tensor]) -> torch.Tensor:
         return rope_positions(feature["mm_token_type_ids"], feature["image_grid_thw"], self.merge_size)
+
+
+def joined(parts: list[torch.Tensor]) -> torch.Tensor:
+    """Parts along the first dimension; patches as bytes get three planes each where one picture has colours."""
+    if parts[0].dtype == torch.uint8:
+        planes = max(part.shape[1] for part in parts)
+        parts = [part.expand(-1, planes, -1) for part in parts]
+    return torch.cat(parts)
 
 
 def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: int) -> torch.Tensor:
@@ -150,18 +162,27 @@ def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: i
     >>> rope_positions(torch.tensor([0, 1, 1, 0]), torch.tensor([[1, 2, 4]]), 2).tolist()
     [[0, 1, 1, 3], [0, 1, 1, 3], [0, 1, 2, 3]]
     """
-    positions, start, at = [], 0, 0
-    starts = ((token_types[1:] == 1) & (token_types[:-1] == 0)).nonzero()[:, 0] + 1
-    for first, (_, height, width) in zip(starts.tolist(), (grids // merge_size).tolist(), strict=True):
-        positions.append(torch.arange(start, start + first - at).expand(3, -1))
+    types = token_types.numpy()  # short arrays cost less in numpy than in torch
+    positions, start, at = np.empty((3, len(types)), np.int64), 0, 0
+    firsts = np.flatnonzero((types[1:] == 1) & (types[:-1] == 0)) + 1
+    for first, (_, height, width) in zip(firsts.tolist(), (grids // merge_size).tolist(), strict=True):
+        positions[:, at:first] = np.arange(start, start + first - at)
         start += first - at
-        rows = torch.arange(height).repeat_interleave(width) + start
-        columns = torch.arange(width).repeat(height) + start
-        positions.append(torch.stack([torch.full_like(rows, start), rows, columns]))
-        start += max(height, width)
         at = first + height * width
-    positions.append(torch.arange(start, start + len(token_types) - at).expand(3, -1))
-    return torch.cat(positions, dim=1)
+        positions[:, first:at] = start
+        image = positions[:, first:at].reshape(3, height, width)
+        image[1] += np.arange(height)[:, None]
+        image[2] += np.arange(width)
+        positions[:, first:at] = image.reshape(3, -1)
+        start += max(height, width)
+    positions[:, at:] = np.arange(start, start + len(types) - at)
+    return torch.from_numpy(positions)
+
+
+@lru_cache(maxsize=4096)
+def _patch_positions(grid_thw: tuple[int, int, int], merge_size: int) -> torch.Tensor:
+    """(patches, 2) rows and columns of an image's patches; most images of a data set share a few hundred grids."""
+    return get_vision_position_ids(torch.tensor([grid_thw]), merge_size)
 
 
 def rounded(size: int, *, steps: int = 16) -> int:

@@ -12,13 +12,14 @@ import io
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from PIL import Image
 
 from latexocr.errors import InputError
-from latexocr.pictures import PictureError, check_size, flatten, load_picture, open_picture, orientation
+from latexocr.pictures import PictureError, check_size, flatten, load_picture, open_picture, orientation, png_size
 
 if TYPE_CHECKING:
     import torch
@@ -89,13 +90,16 @@ class ImagePolicy:
 
     def apply(self, image: Image.Image) -> Image.Image:
         """The picture that the model sees: RGB, both sides whole cells."""
+        return self.canvas(image).convert("RGB")
+
+    def canvas(self, image: Image.Image) -> Image.Image:
+        """`apply` of a flattened picture (mode L or RGB) without the conversion: grey is a third of the work."""
         width, height, canvas_width, canvas_height = self.layout(*image.size)
-        if (width, height) != image.size:  # before the conversion: resizing grey is a third of the work
+        if (width, height) != image.size:
             image = image.resize((width, height), Image.Resampling.BICUBIC)
-        image = image.convert("RGB")
         if (width, height) == (canvas_width, canvas_height):
             return image
-        canvas = Image.new("RGB", (canvas_width, canvas_height), "white")
+        canvas = Image.new(image.mode, (canvas_width, canvas_height), "white")
         canvas.paste(image, (0, 0))
         return canvas
 
@@ -130,9 +134,99 @@ def image_size(path: Path, where: str | None = None) -> tuple[int, int]:
     Raises:
         InputError: missing, empty, not an image, or of an absurd size.
     """
-    with _named_errors(where or str(path)), open_picture(path) as image:
-        width, height = image.size
-        return (height, width) if orientation(image) in TRANSPOSED else (width, height)
+    with _named_errors(where or str(path)):
+        size = png_size(path)
+        if size is not None:
+            return size
+        with open_picture(path) as image:
+            width, height = image.size
+            return (height, width) if orientation(image) in TRANSPOSED else (width, height)
+
+
+@dataclass(frozen=True)
+class Patcher:
+    """Picture -> patches: the work of `Qwen2VLImageProcessor` in two halves, bit for bit and without its overhead.
+
+    Why: the checkpoint's own image processor validates at every call options that never change, and makes 24 bytes of
+    each byte of a grey picture (three equal channels, twice the same picture, float32), all of which would have to
+    travel from the worker to the GPU. `cut` runs in the worker, `normalise` on the GPU.
+
+    Args:
+        patch_size: side of a patch in pixels.
+        merge_size: patches a side of a visual token.
+        temporal_patch_size: how often a still picture is repeated in a patch.
+        mean: of each channel's pixels, which go from 0 to 255; a float32 value.
+        std: likewise.
+    """
+
+    patch_size: int
+    merge_size: int
+    temporal_patch_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def equal_to(cls, image_processor: Any) -> Patcher | None:
+        """A patcher that gives what this image processor gives, or None if there is none.
+
+        It is tried and not looked up: both get the same picture of noise, and every bit must be equal.
+        """
+        import numpy as np
+        import torch
+
+        names = ("image_mean", "image_std", "rescale_factor", "patch_size", "merge_size", "temporal_patch_size")
+        mean, std, rescale_factor, *sizes = (getattr(image_processor, name, None) for name in names)
+        if None in (mean, std, rescale_factor, *sizes):
+            return None
+        # in the processor's own order of operations: its rounding is part of its result
+        mean, std = ((torch.tensor(values) * (1.0 / rescale_factor)).tolist() for values in (mean, std))
+        patcher = cls(*sizes, tuple(mean), tuple(std))
+        height, width = (cells * patcher.patch_size * patcher.merge_size for cells in (2, 3))
+        noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        picture = Image.fromarray(noise)
+        theirs = image_processor(images=[picture], do_resize=False, return_tensors="pt")
+        pixels, grid_thw = patcher.cut(picture)
+        same = torch.equal(patcher.normalise(pixels), theirs["pixel_values"])
+        return patcher if same and torch.equal(grid_thw, theirs["image_grid_thw"]) else None
+
+    def cut(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
+        """Patches as bytes, and their grid.
+
+        Args:
+            picture: mode L or RGB, both sides whole cells.
+
+        Returns:
+            pixels (patches, 1 or 3 planes, patch * patch) uint8, image_grid_thw (1, 3).
+        """
+        import numpy as np
+        import torch
+
+        patch, merge = self.patch_size, self.merge_size
+        grid_h, grid_w = picture.height // patch, picture.width // patch
+        pixels = np.asarray(picture).reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, -1)
+        # rows of merge x merge blocks of patches; in a patch plane, row, column
+        pixels = np.ascontiguousarray(pixels.transpose(0, 3, 1, 4, 6, 2, 5))
+        planes = torch.from_numpy(pixels).view(grid_h * grid_w, -1, patch * patch)
+        return planes, torch.tensor([[1, grid_h, grid_w]])
+
+    def normalise(self, pixels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """`pixel_values` (patches, channels * temporal * patch * patch) from the bytes of `cut`, on their device.
+
+        Args:
+            pixels: (patches, planes, patch * patch); one plane stands for all channels.
+            dtype: of the result; float32 by default. The arithmetic is float32 always.
+        """
+        mean, std = (_column(values, pixels.device) for values in (self.mean, self.std))
+        values = ((pixels.float()[:, :, None] - mean) / std).to(dtype)
+        return values.expand(-1, -1, self.temporal_patch_size, -1).flatten(1)
+
+
+@lru_cache
+def _column(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    """(1, channels, 1, 1), moved to the device once: a tensor, because CUDA divides by numbers inexactly."""
+    import torch
+
+    return torch.tensor(values, device=device)[None, :, None, None]
 
 
 def unpatchify(pixel_values: torch.Tensor, grid_thw: torch.Tensor, image_processor: Any) -> Image.Image:

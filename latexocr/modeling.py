@@ -15,6 +15,7 @@ from typing import Any, Literal
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
+from torch.nn.functional import linear
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -145,6 +146,14 @@ def _placeholder_masks(
     return tuple((input_ids == token)[..., None] for token in (config.image_token_id, config.video_token_id))
 
 
+class PatchEmbedding(torch.nn.Conv3d):
+    """A convolution that sees every patch once is a linear layer; as a convolution it is up to thirty times slower."""
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(patches, channels, time, height, width) of one patch each -> (patches, width, 1, 1, 1)."""
+        return linear(patches.flatten(1), self.weight.flatten(1), self.bias)[..., None, None, None]
+
+
 def load_base(
     folder: Path,
     *,
@@ -168,6 +177,9 @@ def load_base(
             )
     except (OSError, RuntimeError) as error:
         raise InputError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:300]})") from error
+    for module in model.modules():
+        if type(module) is torch.nn.Conv3d and module.stride == module.kernel_size:
+            module.__class__ = PatchEmbedding
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} weights are missing from the files, first {missing[0]}")

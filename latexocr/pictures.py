@@ -8,7 +8,9 @@ no memory.
 from __future__ import annotations
 
 import re
+import struct
 import warnings
+import zlib
 from pathlib import Path
 from typing import BinaryIO
 
@@ -22,6 +24,9 @@ MAX_ASPECT = 200
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "PPM", "JPEG2000")
 
 _EXIF_ORIENTATION = 0x0112
+_PNG_START = b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"
+_PNG_DEPTHS = {0: (1, 2, 4, 8, 16), 2: (8, 16), 3: (1, 2, 4, 8), 4: (8, 16), 6: (8, 16)}  # by colour type
+_PNG_PLAIN = (b"PLTE", b"tRNS", b"gAMA", b"cHRM", b"sRGB", b"pHYs", b"sBIT", b"bKGD", b"tIME")  # cannot rotate
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -84,6 +89,41 @@ def open_picture(file: Path | BinaryIO) -> Image.Image:
     if reason:
         raise PictureError(reason)
     return image
+
+
+def png_size(path: Path) -> tuple[int, int] | None:
+    """Width and height of a plain, sound PNG; None for everything that `open_picture` has to judge.
+
+    Why: PIL decodes a PNG's pixels before it says how it is rotated, because that may stand behind them; a training
+    asks for the sizes of 100,000 files before it starts. Chunks: PNG specification (third edition), section 11.
+
+    Raises:
+        OSError: no file at the path, or it may not be read.
+    """
+    with path.open("rb") as file:
+        head = file.read(33)
+        if len(head) < 33 or not head.startswith(_PNG_START) or not _sound(head[12:]):
+            return None
+        width, height, depth, colour, *methods = struct.unpack(">IIBBBBB", head[16:29])
+        if depth not in _PNG_DEPTHS.get(colour, ()) or methods not in ([0, 0, 0], [0, 0, 1]):
+            return None
+        kind, has_pixels = b"IHDR", False
+        while kind != b"IEND":
+            chunk = file.read(8)
+            if len(chunk) < 8:
+                return None
+            length, kind = struct.unpack(">I4s", chunk)
+            if kind == b"IDAT":
+                has_pixels = True
+                file.seek(length + 4, 1)
+            elif kind not in (*_PNG_PLAIN, b"IEND") or not _sound(kind + file.read(length + 4)):
+                return None
+    return (width, height) if has_pixels and check_size(width, height) is None else None
+
+
+def _sound(chunk: bytes) -> bool:
+    """Whether a PNG chunk (type, data, checksum) is what was written."""
+    return zlib.crc32(chunk[:-4]).to_bytes(4, "big") == chunk[-4:]
 
 
 def load_picture(file: Path | BinaryIO) -> Image.Image:

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
+from tqdm.auto import tqdm
 
 from latexocr.errors import InputError
 from latexocr.families import Family
-from latexocr.images import ImageInput, ImagePolicy, image_size, load_image
-from latexocr.records import Record
+from latexocr.images import ImageInput, ImagePolicy, Patcher, image_size, load_image
+from latexocr.records import Record, Records
 
 IGNORED = -100  # torch.nn.functional.cross_entropy's ignore_index
 MASKED = -1  # dataset index of a sample without supervised tokens, which evens out the ranks of an epoch's last step
@@ -38,6 +39,36 @@ class TokenCounts:
     @property
     def total(self) -> int:
         return self.prompt + self.image + self.answer
+
+
+@dataclass(frozen=True)
+class TokenTable(Sequence[TokenCounts]):
+    """The `TokenCounts` of many records in 8 bytes each.
+
+    Args:
+        prompt: the same for all.
+        image: (records,) int32.
+        answer: (records,) int32.
+    """
+
+    prompt: int
+    image: np.ndarray
+    answer: np.ndarray
+
+    @property
+    def total(self) -> np.ndarray:
+        """(records,) int32."""
+        return self.image + self.answer + np.int32(self.prompt)
+
+    def __len__(self) -> int:
+        return len(self.image)
+
+    def __getitem__(self, index: int) -> TokenCounts:
+        return TokenCounts(self.prompt, int(self.image[index]), int(self.answer[index]))
+
+    def take(self, indices: np.ndarray) -> TokenTable:
+        """The counts of the records at these places."""
+        return TokenTable(self.prompt, self.image[indices], self.answer[indices])
 
 
 @dataclass(frozen=True)
@@ -68,75 +99,144 @@ class Preprocessor:
         """
         return self.sample(record.image_path, record.text, record.where)
 
-    def sample(self, image: ImageInput, text: str, where: str | None = None) -> dict[str, torch.Tensor]:
-        """`__call__` for a picture and an answer that are not in a record."""
-        return self.sample_of(self.patches(image, where), text, where)
+    def sample(
+        self, image: ImageInput, text: str, where: str | None = None, *, as_bytes: bool = False
+    ) -> dict[str, torch.Tensor]:
+        """`__call__` for a picture and an answer that are not in a record.
+
+        Args:
+            as_bytes: leave the patches for `normalise`, if the image processor's work can be split so.
+        """
+        return self.sample_of(self.patches(image, where, as_bytes=as_bytes), text, where)
 
     def sample_of(
         self, vision: dict[str, torch.Tensor], text: str, where: str | None = None
     ) -> dict[str, torch.Tensor]:
-        """`__call__` for an image's tensors, as `patches` gives them."""
-        features = self._prompt_around(vision)
-        prompt_ids = features["input_ids"]
-        answer_ids = torch.tensor(self.answer_ids(text, where))
-        features["input_ids"] = torch.cat([prompt_ids, answer_ids])
-        features["labels"] = torch.cat([torch.full_like(prompt_ids, IGNORED), answer_ids])
-        features["attention_mask"] = torch.ones_like(features["input_ids"])
-        for key, value in self.family.padded:
-            features[key] = torch.cat([features[key], torch.full_like(answer_ids, value)])
-        return features
+        """`sample` for an image's tensors: `patches` gives them, or a cache of features with their grid."""
+        (answer,) = self.answers([text], [where])
+        prompt = self._prompt(vision["image_grid_thw"])
+        supervised = {"input_ids": answer, "attention_mask": 1, **dict(self.family.padded)}
+        whole = {key: _longer(values, len(answer), supervised[key]) for key, values in prompt.items()}
+        whole["labels"] = whole["input_ids"].copy()
+        whole["labels"][: -len(answer)] = IGNORED
+        return {**_tensors(whole), **vision}
 
     def prompt_features(self, image: ImageInput, where: str | None = None) -> dict[str, torch.Tensor]:
         """What generation starts from: the same prompt, token types and patches as in training, no answer."""
-        return self._prompt_around(self.patches(image, where))
+        vision = self.patches(image, where)
+        return {**_tensors(self._prompt(vision["image_grid_thw"])), **vision}
 
-    def patches(self, image: ImageInput, where: str | None = None) -> dict[str, torch.Tensor]:
+    def patches(
+        self, image: ImageInput, where: str | None = None, *, as_bytes: bool = False
+    ) -> dict[str, torch.Tensor]:
         """`pixel_values` (patches, channels * temporal * patch * patch) and `image_grid_thw` (1, 3) of a picture."""
-        picture = self.policy.apply(load_image(image, where))
-        # The policy has done the resizing; the image processor normalises and cuts patches.
-        patches = self.processor.image_processor(images=[picture], do_resize=False, return_tensors="pt")
-        return {"pixel_values": patches["pixel_values"], "image_grid_thw": patches["image_grid_thw"]}
-
-    def _prompt_around(self, vision: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        num_tokens = int(vision["image_grid_thw"].prod()) // self.processor.image_processor.merge_size**2
-        before, after = self._prompt_halves
-        input_ids = torch.tensor([*before, *[self.processor.image_token_id] * num_tokens, *after])
+        picture = self.policy.canvas(load_image(image, where))
+        if self._patcher is None:
+            found = self.processor.image_processor([picture.convert("RGB")], do_resize=False, return_tensors="pt")
+            return {"pixel_values": found["pixel_values"], "image_grid_thw": found["image_grid_thw"]}
+        pixel_values, grid_thw = self._patcher.cut(picture)
         return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "mm_token_type_ids": (input_ids == self.processor.image_token_id).long(),
-            **vision,
+            "pixel_values": pixel_values if as_bytes else self.normalise(pixel_values),
+            "image_grid_thw": grid_thw,
         }
 
-    def answer_ids(self, text: str, where: str | None = None) -> list[int]:
-        """Ids of answer and end token, taken from the template's rendering of the whole conversation."""
-        conversation = [
-            *self._messages,
-            {"role": "assistant", "content": [{"type": "text", "text": text}]},
-        ]
-        whole = self.processor.apply_chat_template(conversation, tokenize=False)
-        supervised = text + self.family.end_token
-        if not whole.startswith(self._prompt_text + supervised):
-            raise InputError(
-                f"{where or 'answer'}: the chat template changes the answer or does not start with the prompt; "
-                f"it rendered {whole[len(self._prompt_text) :][:80]!r} for {text[:80]!r}"
-            )
-        whole_ids = self._ids(self._prompt_text + supervised)
-        prompt_ids = self._prompt_ids
-        if whole_ids[: len(prompt_ids)] != prompt_ids:
-            raise InputError(f"{where or 'answer'}: the tokenizer merges the end of the prompt with the answer")
-        answer_ids = whole_ids[len(prompt_ids) :]
-        for token in answer_ids[:-1]:
-            if token in self._special_ids:
+    def normalise(self, pixel_values: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """What the model gets from the patches of a sample or a batch `as_bytes`; others stay as they are."""
+        return pixel_values if pixel_values.is_floating_point() else self._patcher.normalise(pixel_values, dtype)
+
+    def _prompt(self, grid_thw: torch.Tensor) -> dict[str, np.ndarray]:
+        """What a token has, in numpy, where short arrays cost less than in torch."""
+        num_tokens = int(grid_thw.prod()) // self.processor.image_processor.merge_size**2
+        before, after = self._prompt_halves
+        input_ids = np.concatenate([before, np.full(num_tokens, self.processor.image_token_id), after])
+        return {
+            "input_ids": input_ids,
+            "attention_mask": np.ones_like(input_ids),
+            "mm_token_type_ids": (input_ids == self.processor.image_token_id).astype(np.int64),
+        }
+
+    def answers(self, texts: Sequence[str], wheres: Sequence[str | None]) -> list[list[int]]:
+        """Ids of answer and end token of each text: those of the template's rendering of the whole conversation.
+
+        Only what the answer can change is tokenised: the text from the prompt's last special token on, at which
+        tokenizers split before they do anything else.
+
+        Raises:
+            InputError: the template changes an answer, the tokenizer merges it with the prompt, or it contains a
+                special token; `wheres` names it.
+        """
+        self._check_renderings(texts, wheres)
+        tail, tail_ids = self._prompt_tail
+        end = self.family.end_token
+        encoded = self.processor.tokenizer(
+            [tail + text + end for text in texts], add_special_tokens=False, return_attention_mask=False
+        )
+        answers = []
+        for ids, where in zip(encoded["input_ids"], wheres, strict=True):
+            answer_ids = ids[len(tail_ids) :]
+            if ids[: len(tail_ids)] != tail_ids:
+                raise InputError(f"{where or 'answer'}: the tokenizer merges the end of the prompt with the answer")
+            if not self._special_ids.isdisjoint(answer_ids[:-1]):
+                token = next(token for token in answer_ids if token in self._special_ids)
                 name = self.processor.tokenizer.convert_ids_to_tokens(token)
                 raise InputError(f"{where or 'answer'}: the text contains the special token {name}; delete the record")
-        return answer_ids
+            answers.append(answer_ids)
+        return answers
 
     def count_tokens(self, record: Record) -> TokenCounts:
         """Exact token counts from the image's header and the texts, without decoding a pixel."""
-        width, height = image_size(record.image_path, record.where)
-        image_tokens = self.policy.visual_tokens(width, height)
-        return TokenCounts(len(self._prompt_ids) - 1, image_tokens, len(self.answer_ids(record.text, record.where)))
+        return self.count_all([record])[0]
+
+    def count_all(self, records: Sequence[Record]) -> TokenTable:
+        """`count_tokens` of many records, tokenised together."""
+        image = [self.policy.visual_tokens(*image_size(record.image_path, record.where)) for record in records]
+        answers = self.answers([record.text for record in records], [record.where for record in records])
+        lengths = np.array([image, [len(answer) for answer in answers]], np.int32)
+        return TokenTable(self.prompt_length, *lengths)
+
+    @property
+    def prompt_length(self) -> int:
+        """Tokens of chat template and instruction, without image tokens."""
+        return len(self._prompt_ids) - 1
+
+    def _check_renderings(self, texts: Sequence[str], wheres: Sequence[str | None]) -> None:
+        """That the template writes each text as it is, in its place; one text is rendered, many mostly together.
+
+        Rendering is most of what measuring 100,000 texts would cost. Templates replace (what all texts together show)
+        or trim (what a text with each first and last character shows); a training sample is rendered by itself again.
+        """
+        together = len(texts) > 1 and self._rendering_error("\n".join(texts)) is None
+        for text, where in zip(texts, wheres, strict=True):
+            ends = text[:1], text[-1:]
+            if together and ends in self._ends_seen:
+                continue
+            error = self._rendering_error(text)
+            if error:
+                raise InputError(f"{where or 'answer'}: {error}")
+            self._ends_seen.add(ends)
+
+    def _rendering_error(self, text: str) -> str | None:
+        conversation = [*self._messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        whole = self.processor.apply_chat_template(conversation, tokenize=False)
+        if whole.startswith(self._prompt_text + text + self.family.end_token):
+            return None
+        return (
+            "the chat template changes the answer or does not start with the prompt; "
+            f"it rendered {whole[len(self._prompt_text) :][:80]!r} for {text[:80]!r}"
+        )
+
+    @cached_property
+    def _ends_seen(self) -> set[tuple[str, str]]:
+        """First and last characters of texts that the template left as they were."""
+        return set()
+
+    @cached_property
+    def _patcher(self) -> Patcher | None:
+        image_processor = self.processor.image_processor
+        patcher = Patcher.equal_to(image_processor)
+        if patcher is None:
+            logger.info(f"{type(image_processor).__name__} makes the patches itself, which is slower")
+        return patcher
 
     @cached_property
     def _special_ids(self) -> frozenset[int]:
@@ -156,6 +256,17 @@ class Preprocessor:
         return self._ids(self._prompt_text)
 
     @cached_property
+    def _prompt_tail(self) -> tuple[str, list[int]]:
+        """Text and ids of the prompt from its last special token on, or all of it."""
+        ids, text = self._prompt_ids, self._prompt_text
+        special = [at for at, token in enumerate(ids) if token in self._special_ids]
+        if special:
+            start = text.rfind(self.processor.tokenizer.convert_ids_to_tokens(ids[special[-1]]))
+            if start >= 0 and self._ids(text[start:]) == ids[special[-1] :]:
+                return text[start:], ids[special[-1] :]
+        return text, ids
+
+    @cached_property
     def _prompt_halves(self) -> tuple[list[int], list[int]]:
         """Prompt ids before and after the image token that the template writes once per image."""
         ids, image_id = self._prompt_ids, self.processor.image_token_id
@@ -168,28 +279,43 @@ class Preprocessor:
         return self.processor.tokenizer(text, add_special_tokens=False)["input_ids"]
 
 
+def _longer(values: np.ndarray, length: int, fill: list[int] | int) -> np.ndarray:
+    """(n,) -> (n + length,), the new part filled."""
+    result = np.empty(len(values) + length, values.dtype)
+    result[:-length], result[-length:] = values, fill
+    return result
+
+
+def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    return {key: torch.from_numpy(values) for key, values in arrays.items()}
+
+
 class FormulaDataset(Dataset):
     """Records, preprocessed one by one when a data-loader worker asks for them.
+
+    Args:
+        as_bytes: a twenty-fourth of the memory for a picture; `Preprocessor.normalise` is to follow on the device.
 
     `vision`, when it is set, gives the tensors of a record's image by index, and the image is not decoded.
     """
 
     vision: Callable[[int], dict[str, torch.Tensor]] | None = None
 
-    def __init__(self, records: Sequence[Record], preprocessor: Preprocessor) -> None:
-        self.records, self.preprocessor = records, preprocessor
+    def __init__(self, records: Sequence[Record], preprocessor: Preprocessor, *, as_bytes: bool = False) -> None:
+        self.records, self.preprocessor, self.as_bytes = records, preprocessor, as_bytes
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = 0 if index == MASKED else index
+        record = self.records[row]
         if self.vision is None:
-            sample = self.preprocessor(self.records[row])
+            sample = self.preprocessor.sample(record.image_path, record.text, record.where, as_bytes=self.as_bytes)
         else:
-            sample = self.preprocessor.sample_of(self.vision(row), self.records[row].text, self.records[row].where)
+            sample = self.preprocessor.sample_of(self.vision(row), record.text, record.where)
         if index == MASKED:
-            sample["labels"] = torch.full_like(sample["labels"], IGNORED)
+            sample["labels"].fill_(IGNORED)
         return sample
 
 
@@ -197,45 +323,81 @@ class FormulaDataset(Dataset):
 class Selection:
     """Records that fit, their lengths, and what was dropped."""
 
-    records: list[Record]
-    counts: list[TokenCounts]
-    dropped: list[tuple[Record, TokenCounts]]
+    records: Records
+    counts: TokenTable
+    dropped: Records
 
 
 def select(
-    records: Sequence[Record],
+    records: Records,
     preprocessor: Preprocessor,
     *,
     max_length: int,
     overlong: Literal["drop", "error"] = "drop",
-    num_threads: int = 8,
+    num_workers: int = 0,
 ) -> Selection:
     """Measure every record and leave out the overlong ones: never cut, always counted.
 
     Args:
         max_length: most tokens of prompt, image, answer and end token together.
         overlong: "drop" leaves the record out and reports it, "error" refuses the data set.
-        num_threads: image headers are read in parallel.
+        num_workers: processes that measure.
 
     Raises:
         InputError: an overlong record under "error"; an unreadable image; nothing left.
     """
-    with ThreadPoolExecutor(num_threads) as pool:
-        counts = list(pool.map(preprocessor.count_tokens, records))
-    kept = [index for index, count in enumerate(counts) if count.total <= max_length]
-    dropped = [(records[i], counts[i]) for i in range(len(records)) if counts[i].total > max_length]
-    if dropped:
-        record, count = dropped[0]
+    counts = measure(records, preprocessor, num_workers=num_workers)
+    fits = counts.total <= max_length
+    kept, dropped = np.flatnonzero(fits), np.flatnonzero(~fits)
+    if len(dropped):
+        record, count = records[dropped[0]], counts[dropped[0]]
         message = (
             f"{len(dropped):,} of {len(records):,} records are longer than max_length {max_length}, first: "
             f"{record.where} has {count.total} tokens ({count.image} of the image, {count.answer} of the answer)"
         )
         if overlong == "error":
             raise InputError(f"{message}; raise --max_length or use --overlong drop")
-        if not kept:
+        if not len(kept):
             raise InputError(f"{message}; nothing is left to use: raise --max_length or lower --max_visual_tokens")
         logger.warning(f"dropped: {message}")
-    return Selection([records[i] for i in kept], [counts[i] for i in kept], dropped)
+    return Selection(records.take(kept), counts.take(kept), records.take(dropped))
+
+
+def measure(records: Records, preprocessor: Preprocessor, *, num_workers: int = 0) -> TokenTable:
+    """`Preprocessor.count_tokens` of all records, in processes of their own where there are many.
+
+    Raises:
+        InputError: an image or a text that cannot be used; the first one in the file is named.
+    """
+    spans = _Spans(records, preprocessor)
+    loader = DataLoader(spans, batch_size=None, num_workers=num_workers if len(spans) > 1 else 0)
+    tables = []
+    with tqdm(total=len(records), desc="measuring", unit="record", delay=2, leave=False) as bar:
+        for found in loader:
+            if isinstance(found, InputError):
+                raise found
+            tables.append(found)
+            bar.update(found.shape[1])
+    return TokenTable(preprocessor.prompt_length, *np.concatenate(tables, axis=1))
+
+
+class _Spans(Dataset):
+    """Runs of neighbouring records -> their lengths of image and answer (2, records), or the error."""
+
+    SIZE = 512
+
+    def __init__(self, records: Records, preprocessor: Preprocessor) -> None:
+        self.records, self.preprocessor = records, preprocessor
+
+    def __len__(self) -> int:
+        return -(-len(self.records) // self.SIZE)
+
+    def __getitem__(self, index: int) -> torch.Tensor | InputError:
+        try:
+            table = self.preprocessor.count_all(list(self.records[index * self.SIZE : (index + 1) * self.SIZE]))
+        except InputError as error:  # the loader would wrap its message in a traceback
+            return error
+        return torch.from_numpy(np.stack([table.image, table.answer]))
 
 
 def decode_sample(sample: dict[str, torch.Tensor], preprocessor: Preprocessor) -> str:

@@ -76,7 +76,9 @@ class BudgetSampler(Sampler[list[int]]):
         world_size: int,
         seed: int,
     ) -> None:
-        self.sizes = [(count.total, count.image * patches_per_token) for count in selection.counts]
+        self.sizes = list(
+            zip(selection.counts.total.tolist(), (selection.counts.image * patches_per_token).tolist(), strict=True)
+        )
         self.limits = (max_tokens or inf, max_patches or inf)
         self.rank, self.world_size, self.seed, self.epoch = rank, world_size, seed, 0
         for column, name in enumerate(("tokens", "patches")):

@@ -20,6 +20,7 @@ from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import yaml
 from peft import PeftModel
@@ -247,6 +248,7 @@ def train(config: TrainConfig) -> TrainResult:
     Raises:
         InputError: data, model or options that cannot be used; nothing has been written then.
     """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # threads of its own would warn in every forked worker
     resolve_mode(config.swanlab_mode)  # a wrong mode is refused before anything is loaded
     data = load_data(config)
     checkpoint = _checkpoint_to_resume(config)
@@ -365,8 +367,10 @@ def build_trainer(
         stop=stop,
         batches=data.batches,
         on_board=on_board,
-        train_dataset=FormulaDataset(data.training.records, data.preprocessor),
-        eval_dataset=FormulaDataset(data.validation.records, data.preprocessor) if data.validation else None,
+        train_dataset=FormulaDataset(data.training.records, data.preprocessor, as_bytes=True),
+        eval_dataset=(
+            FormulaDataset(data.validation.records, data.preprocessor, as_bytes=True) if data.validation else None
+        ),
         data_collator=_training_collator(config, padded, processor),
         eval_collator=padded,
         processing_class=processor,
@@ -430,12 +434,10 @@ def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | 
 
 
 def _statistics(selection: Selection) -> str:
-    totals = sorted(count.total for count in selection.counts)
-    image = sum(count.image for count in selection.counts) / len(totals)
-    answer = sum(count.answer for count in selection.counts) / len(totals)
+    totals, counts = np.sort(selection.counts.total), selection.counts
     return (
-        f"median {totals[len(totals) // 2]}, longest {totals[-1]}, all {sum(totals):,} "
-        f"(mean image {image:.0f}, answer {answer:.0f})"
+        f"median {totals[len(totals) // 2]}, longest {totals[-1]}, all {totals.sum():,} "
+        f"(mean image {counts.image.mean():.0f}, answer {counts.answer.mean():.0f})"
     )
 
 
@@ -456,7 +458,10 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:
-    return select(read_records(path), preprocessor, max_length=config.max_length, overlong=config.overlong)
+    return select(
+        read_records(path), preprocessor, max_length=config.max_length, overlong=config.overlong,
+        num_workers=config.dataloader_num_workers,
+    )  # fmt: skip
 
 
 def _checkpoint_to_resume(config: TrainConfig) -> Path | None:

@@ -78,7 +78,7 @@ class FormulaTrainer(Trainer):
         self._head = detach_head(self.model) if self.args.fused_loss else None
         self._loras = FusedLoras(self.model) if self.args.fused_lora else None
         self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
-        self._graphs = StepGraphs(self._captured_loss) if self.args.cuda_graphs else None
+        self._graphs = StepGraphs(self._captured_loss) if self.args.cuda_graphs and self._host_free() else None
         self._gradients: GradientBuffer | None = None
         self._micro_batch = 0
         if self.args.flatten:
@@ -168,6 +168,11 @@ class FormulaTrainer(Trainer):
             loss = loss * self.args.world_size  # logged losses are averaged over the ranks
         return loss
 
+    def _host_free(self) -> bool:
+        """Whether the model never asks the host for a shape: towers that read grids do."""
+        family = self.train_dataset.preprocessor.family
+        return family.grid_free or (self.args.cache_vision_features and not family.deepstack)
+
     def _dropout_seed(self) -> int:
         """Another one for every micro-batch and rank of the run; the same again when the run is resumed."""
         numbers = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
@@ -175,6 +180,14 @@ class FormulaTrainer(Trainer):
 
     def _captured_loss(self, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
         return self._loss(self.model, inputs, num_items)[0]
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Pictures travel as bytes and become numbers on the device."""
+        inputs = super()._prepare_inputs(inputs)
+        if "pixel_values" in inputs:
+            dtype = torch.bfloat16 if self.args.bf16 else None
+            inputs["pixel_values"] = self.train_dataset.preprocessor.normalise(inputs["pixel_values"], dtype)
+        return inputs
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None

@@ -132,7 +132,7 @@ class VisionCache:
         (example,) = self._features([self.images[0]])
         self.file = FeatureFile(
             Path(trainer.args.output_dir) / FOLDER / "features.bin",
-            [count.image for count in selection.counts],
+            selection.counts.image.tolist(),
             example.shape[1],
             example.dtype,
         )

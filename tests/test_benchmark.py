@@ -149,3 +149,25 @@ def test_data():
     assert found["rows"] == 400
     rates = {name: value for name, value in found["results"].items() if name.endswith("per_second")}
     assert len(rates) == 4 and all(rate > 0 for rate in rates.values())
+
+
+@pytest.fixture
+def sample_json(tmp_path):
+    data2csv(str(SAMPLE), tmp_path / "data", max_samples=60)
+    csv2json(tmp_path / "data/data.csv", tmp_path / "train.json", tmp_path / "val.json")
+    return tmp_path / "train.json"
+
+
+def test_preprocessing(sample_json):
+    found = run("preprocessing.py", "--data", str(sample_json), "--samples", "20", "--tutorial_samples", "4")
+    rates = found["results"]
+    assert list(rates) == ["tutorial", "as arrays", "as in training"]
+    assert rates["tutorial"]["over_tutorial"] == 1.0 and rates["as in training"]["over_tutorial"] > 2
+
+
+def test_startup(sample_json):
+    found = run("startup.py", "--data", str(sample_json), "--records", "400", "800", "--steps", "2")
+    assert [row["records"] for row in found["results"]] == [400, 800]
+    for row in found["results"]:
+        assert row["seconds_to_first_step"] > 0 and row["load_seconds"] > 0
+        assert row["processes"] == row["workers"] + 1 and row["rss_mib"] > row["pss_mib"] > 0

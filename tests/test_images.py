@@ -6,10 +6,12 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image
+import torch
+from PIL import Image, PngImagePlugin
 
 from latexocr.errors import InputError
-from latexocr.images import ImagePolicy, image_size, load_image, unpatchify
+from latexocr.images import ImagePolicy, Patcher, image_size, load_image, unpatchify
+from latexocr.pictures import png_size
 
 
 @pytest.mark.parametrize(
@@ -112,3 +114,61 @@ def test_patches_turn_back_into_the_picture():
     patches = processor(images=[Image.fromarray(noise)], do_resize=False, return_tensors="pt")
     seen = unpatchify(patches["pixel_values"], patches["image_grid_thw"][0], processor)
     assert (np.asarray(seen) == noise).all()
+
+
+@pytest.mark.parametrize("patch_size", [14, 16])
+@pytest.mark.parametrize("mean", [None, [0.5, 0.5, 0.5]])
+def test_patches_equal_the_image_processors_bit_for_bit(patch_size, mean):
+    from transformers import Qwen2VLImageProcessor
+
+    options = {"image_mean": mean, "image_std": mean} if mean else {}
+    processor = Qwen2VLImageProcessor(patch_size=patch_size, **options)
+    patcher, random = Patcher.equal_to(processor), np.random.default_rng(1)
+    for rows, columns in ((1, 1), (1, 7), (7, 1), (2, 3), (4, 18), (9, 5)):
+        shape = (rows * 2 * patch_size, columns * 2 * patch_size, 3)
+        coloured = Image.fromarray(random.integers(0, 256, shape, dtype=np.uint8))
+        for picture, planes in ((coloured, 3), (coloured.convert("L"), 1)):
+            theirs = processor(images=[picture.convert("RGB")], do_resize=False, return_tensors="pt")
+            pixels, grid_thw = patcher.cut(picture)
+            assert pixels.dtype == torch.uint8 and pixels.shape == (rows * columns * 4, planes, patch_size**2)
+            assert torch.equal(patcher.normalise(pixels), theirs["pixel_values"])
+            assert torch.equal(patcher.normalise(pixels, torch.bfloat16), theirs["pixel_values"].bfloat16())
+            assert torch.equal(grid_thw, theirs["image_grid_thw"])
+
+
+def test_an_image_processor_that_works_otherwise_is_not_imitated():
+    from transformers import CLIPImageProcessor, Qwen2VLImageProcessor
+
+    assert Patcher.equal_to(Qwen2VLImageProcessor()) is not None
+    assert Patcher.equal_to(Qwen2VLImageProcessor(do_rescale=False)) is None
+    assert Patcher.equal_to(Qwen2VLImageProcessor(do_normalize=False)) is None
+    assert Patcher.equal_to(CLIPImageProcessor()) is None
+
+
+def test_the_size_of_a_plain_png_is_read_without_pil_and_others_are_left_to_it(tmp_path):
+    for name, mode in (
+        ("1", "1"),
+        ("grey", "L"),
+        ("palette", "P"),
+        ("rgb", "RGB"),
+        ("rgba", "RGBA"),
+        ("deep", "I;16"),
+    ):
+        path = tmp_path / f"{name}.png"
+        Image.new(mode, (30, 10)).save(path)
+        assert png_size(path) == image_size(path) == (30, 10)
+    plain = (tmp_path / "grey.png").read_bytes()
+    exif, xmp = Image.Exif(), PngImagePlugin.PngInfo()
+    exif[0x0112] = 6
+    xmp.add_itxt("XML:com.adobe.xmp", '<x tiff:Orientation="6"/>')
+    Image.new("L", (30, 10)).save(tmp_path / "turned.png", exif=exif)
+    Image.new("L", (30, 10)).save(tmp_path / "xmp.png", pnginfo=xmp)
+    Image.new("L", (30, 10)).save(tmp_path / "no.png", format="JPEG")
+    (tmp_path / "cut.png").write_bytes(plain[:-12])
+    (tmp_path / "flipped.png").write_bytes(plain[:19] + b"\x1f" + plain[20:])
+    Image.new("L", (3, 3)).save(tmp_path / "small.png")
+    for name in ("turned", "xmp", "no", "cut", "flipped", "small"):
+        assert png_size(tmp_path / f"{name}.png") is None, name
+    assert image_size(tmp_path / "turned.png") == image_size(tmp_path / "xmp.png") == (10, 30)
+    with pytest.raises(InputError, match=r"flipped\.png: undecodable image"):
+        image_size(tmp_path / "flipped.png")

@@ -9,11 +9,11 @@ import torch
 from conftest import MODEL_TYPES, SAMPLE, write_records
 from PIL import Image
 
-from latexocr.collate import FormulaCollator
+from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy, load_image
 from latexocr.modeling import family_in, load_base, load_processor
-from latexocr.preprocess import MASKED, FormulaDataset, Preprocessor, decode_sample, select
+from latexocr.preprocess import MASKED, FormulaDataset, Preprocessor, decode_sample, measure, select
 from latexocr.records import read_records
 
 
@@ -65,6 +65,87 @@ def test_counts_from_headers_are_exact(preprocessor, records):
         assert counts.answer == int((sample["labels"] != -100).sum())
 
 
+def test_answers_are_tokenised_as_in_the_whole_conversation(preprocessor):
+    """Only a part of it is tokenised: the ids must not show that."""
+    texts = [
+        "x ^ 2",
+        "  x",
+        " ",
+        "",
+        "im_end|>",
+        "assistant",
+        "中 文",
+        "a\nb",
+        "user\n<|im_star",
+        "\\frac { 1 } { 2 }",
+    ]
+    prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read."}]}]
+    processor = preprocessor.processor
+    start = processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    start_ids = processor.tokenizer(start)["input_ids"]
+    for text, answer in zip(texts, preprocessor.answers(texts, texts), strict=True):
+        conversation = [*prompt, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
+        whole = processor.apply_chat_template(conversation, tokenize=False).removesuffix("\n")
+        assert start_ids + answer == processor.tokenizer(whole)["input_ids"], text
+
+
+def test_an_answer_that_merges_with_the_prompt_is_refused(tiny):
+    preprocessor = make(tiny)
+    tokenizer = preprocessor.processor.tokenizer
+    tokenizer.add_tokens(["assistant\nx"])  # stands for a tokenizer that joins the prompt's last line with a letter
+    with pytest.raises(InputError, match="here: the tokenizer merges the end of the prompt with the answer"):
+        preprocessor.sample(Image.new("L", (56, 28)), "x", "here")
+
+
+def test_bytes_and_arrays_are_the_same_picture(preprocessor, records):
+    rows = read_records(records["train"])[:4]
+    dataset = FormulaDataset(rows, preprocessor, as_bytes=True)
+    for index, record in enumerate(rows):
+        small, full = dataset[index], preprocessor(record)
+        assert small["pixel_values"].dtype == torch.uint8 and full["pixel_values"].dtype == torch.float32
+        small["pixel_values"] = preprocessor.normalise(small["pixel_values"])
+        assert small.keys() == full.keys() and all(torch.equal(small[key], full[key]) for key in full)
+        assert torch.equal(preprocessor.normalise(full["pixel_values"]), full["pixel_values"])
+
+
+def test_without_an_equal_patcher_the_image_processor_makes_the_patches(tiny):
+    preprocessor, picture = make(tiny), Image.new("L", (56, 28), 128)
+    preprocessor.processor.image_processor.do_rescale = False
+    theirs = preprocessor.processor.image_processor(
+        [preprocessor.policy.apply(picture)], do_resize=False, return_tensors="pt"
+    )
+    found = preprocessor.sample(picture, "x", as_bytes=True)
+    assert torch.equal(found["pixel_values"], theirs["pixel_values"])
+
+
+def test_grey_and_coloured_pictures_share_a_batch(tiny):
+    preprocessor = make(tiny, min_visual_tokens=1)
+    pictures = [Image.new("L", (56, 28), 100), Image.new("RGB", (28, 28), (255, 0, 0))]
+    options = {"tokenizer": preprocessor.processor.tokenizer, "family": preprocessor.family}
+    for collate in (FormulaCollator(**options), FlattenedCollator(**options)):
+        small, full = (
+            collate([preprocessor.sample(picture, "x", as_bytes=as_bytes) for picture in pictures])
+            for as_bytes in (True, False)
+        )
+        assert small["pixel_values"].shape == (8 + 4, 3, 14 * 14)
+        assert torch.equal(preprocessor.normalise(small["pixel_values"]), full["pixel_values"])
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_measuring_many_records(tiny, records, tmp_path, num_workers):
+    rows = [(str(record.image_path), record.text) for record in read_records(records["train"])]
+    many = read_records(write_records(tmp_path / "many.json", rows * 50))  # 1,200: three runs of at most 512
+    preprocessor = make(tiny)
+    table = measure(many, preprocessor, num_workers=num_workers)
+    assert len(table) == 1200 and table.total.dtype == "int32"
+    for index in (0, 23, 511, 512, 1199):
+        counts = preprocessor.count_tokens(many[index])
+        assert table[index] == counts and table.total[index] == counts.total
+    broken = write_records(tmp_path / "broken.json", [*rows * 40, (str(tmp_path / "none.png"), "x"), rows[0]])
+    with pytest.raises(InputError, match=r"^broken\.json record 960 \(none\.png\): no such image file$"):
+        measure(read_records(broken), preprocessor, num_workers=num_workers)
+
+
 def test_odd_answers_survive(tiny):
     preprocessor = make(tiny)
     for text in ("nan", "\\\\", "  leading and trailing  ", "中文 公式", "a\nb", "im_end|>", "", "{{ x }}"):
@@ -87,13 +168,25 @@ def test_a_template_that_changes_the_answer_is_refused(tiny):
         preprocessor.sample(Image.new("L", (56, 28)), " x ")
 
 
+@pytest.mark.parametrize(("filter_", "text"), [("trim", "x "), ("replace('q', 'Q')", "a q b")])
+def test_a_template_that_changes_one_of_many_answers_is_refused(tiny, tmp_path, filter_, text):
+    preprocessor = make(tiny)
+    template = preprocessor.processor.chat_template
+    preprocessor.processor.chat_template = template.replace("part.text", f"part.text|{filter_}")
+    image = str(SAMPLE / "images/000000.png")
+    rows = read_records(write_records(tmp_path / "t.json", [(image, "x")] * 30 + [(image, text), (image, "y")]))
+    with pytest.raises(InputError, match=r"t\.json record 30 .*: the chat template changes the answer"):
+        measure(rows, preprocessor)
+
+
 def test_overlong_records_are_dropped_and_counted_or_refused(tiny, tmp_path):
     preprocessor = make(tiny)
     image = str(SAMPLE / "images/000000.png")
     rows = read_records(write_records(tmp_path / "t.json", [(image, "x"), (image, "x + " * 400), (image, "y")]))
     chosen = select(rows, preprocessor, max_length=300)
     assert [record.text for record in chosen.records] == ["x", "y"]
-    assert len(chosen.dropped) == 1 and chosen.dropped[0][1].total > 300
+    assert [record.text for record in chosen.dropped] == ["x + " * 400]
+    assert max(chosen.counts.total) <= 300 and len(chosen.counts) == 2
     with pytest.raises(InputError, match=r"1 of 3 records are longer than max_length 300, first: t\.json record 1"):
         select(rows, preprocessor, max_length=300, overlong="error")
     with pytest.raises(InputError, match="nothing is left to use"):

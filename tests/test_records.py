@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 from conftest import write_records
@@ -48,3 +49,51 @@ def test_missing_and_binary_files(tmp_path):
     (tmp_path / "b.json").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(InputError, match="not UTF-8"):
         read_records(tmp_path / "b.json")
+
+
+@pytest.mark.parametrize("layout", [{}, {"indent": 2}, {"ensure_ascii": True}, {"separators": (" , ", " : ")}])
+def test_records_are_found_in_any_layout(tmp_path, layout):
+    """They are read where they stand in the file: signs of several bytes and white space must be counted."""
+    texts = ["x", "公式 é", "a\nb", "]},{[", "𝛼", ""]
+    rows = json.loads(
+        write_records(tmp_path / "t.json", [(f"{n}.png", text) for n, text in enumerate(texts)]).read_text()
+    )
+    content = " \n" + json.dumps(rows, **{"ensure_ascii": False, **layout}) + "\n "
+    (tmp_path / "t.json").write_text(content, encoding="utf-8")
+    found = read_records(tmp_path / "t.json")
+    assert len(found) == 6 and [record.text for record in found] == texts
+    assert found[-2].text == "𝛼" and found[4].where == "t.json record 4 (4.png)"
+    assert [record.id for record in found[1:5:2]] == ["identity_2", "identity_4"]
+    assert [record.text for record in found[2:].take([3, 0])] == ["", "a\nb"]
+    assert [record.text for record in pickle.loads(pickle.dumps(found))] == texts
+    with pytest.raises(IndexError):
+        found[6]
+
+
+@pytest.mark.parametrize("ending", ["", ",", "]]", "] x"])
+def test_a_list_that_ends_wrongly(tmp_path, ending):
+    content = write_records(tmp_path / "t.json", [("a.png", "x")]).read_text()
+    (tmp_path / "t.json").write_text(content[:-1] + ending)
+    with pytest.raises(InputError, match="malformed JSON at line 1"):
+        read_records(tmp_path / "t.json")
+
+
+def test_blank_lines_are_not_counted(tmp_path):
+    rows = json.loads(write_records(tmp_path / "t.json", [("é.png", "x"), ("b.png", "y")]).read_text())
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    (tmp_path / "t.jsonl").write_text(f"\n{lines[0]}\r\n  \n{lines[1]}", encoding="utf-8", newline="")
+    assert [record.where for record in read_records(tmp_path / "t.jsonl")] == [
+        "t.jsonl record 0 (é.png)",
+        "t.jsonl record 1 (b.png)",
+    ]
+
+
+def test_a_file_that_is_replaced_does_no_harm_and_one_that_is_overwritten_is_noticed(tmp_path):
+    path = write_records(tmp_path / "t.json", [("a.png", "x")])
+    found = read_records(path)
+    write_records(tmp_path / "new.json", [("b.png", "longer")]).replace(path)
+    assert found[0].text == "x"
+    found = read_records(path)
+    write_records(path, [("c.png", "another")])
+    with pytest.raises(InputError, match=r"t\.json: was written to while it is in use; start again"):
+        found[0]
