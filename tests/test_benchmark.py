@@ -139,7 +139,7 @@ def test_counted_work(tiny, records):
 
 def test_steps_and_flags():
     common = load("common")
-    assert [common.steps_for(f"{name}") for name in ("ours 16x1", "ours 64x1", "tutorial 4x4")] == [60, 24, 24]
+    assert [common.steps_for(f"{name}") for name in ("ours 16x1", "ours 64x1", "tutorial 4x4")] == [150, 37, 24]
     assert common.flags({"lora_dropout": 0, "flatten": False}) == ["--lora_dropout", "0", "--flatten", "false"]
 
 
@@ -166,7 +166,8 @@ def test_preprocessing(sample_json):
 
 
 def test_startup(sample_json):
-    found = run("startup.py", "--data", str(sample_json), "--records", "400", "800", "--steps", "2")
+    found = run("startup.py", "--data", str(sample_json), "--size", "tiny", "--records", "400", "800", "--steps",
+                "2")  # fmt: skip
     assert [row["records"] for row in found["results"]] == [400, 800]
     for row in found["results"]:
         assert row["seconds_to_first_step"] > 0 and row["load_seconds"] > 0

@@ -19,6 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
+sys.path.insert(1, str(ROOT))  # the checkout, behind the benchmarks themselves
 LINES = 12  # log lines of a run; the figures are medians over all but the first ones (start-up, compilation)
 LINES_LEFT_OUT = 2
 SCRIPTS = {
@@ -214,7 +215,6 @@ def flop_per_sample(model: Path, data: Path) -> float:
     import torch
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    sys.path.insert(0, str(ROOT))
     from latexocr.train import TrainConfig, load_data
 
     loaded = load_data(

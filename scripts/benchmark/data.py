@@ -17,7 +17,6 @@ from pathlib import Path
 
 import common
 
-sys.path.insert(1, str(common.ROOT))
 
 
 def main() -> None:

@@ -18,7 +18,6 @@ from typing import Any
 
 import common
 
-sys.path.insert(1, str(common.ROOT))
 NEVER_WRITTEN = "<|vision_pad|>"
 
 

@@ -17,7 +17,6 @@ import importlib.util
 import itertools
 import json
 import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,11 +25,9 @@ from typing import Any
 
 os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false")
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
-
+import common
 import torch
-from training import _machine, _run
+from peers import PROMPT
 
 HEIGHT, WIDTH, MAX_LENGTH, BATCH = 112, 504, 8192, 16
 
@@ -41,19 +38,20 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="folder with a processor; a tiny Qwen2-VL is built by default")
     parser.add_argument("--samples", type=int, default=1000)
     parser.add_argument("--tutorial_samples", type=int, default=100)
+    parser.add_argument("--output", type=Path, help="file for the JSON, which is printed in any case")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         model = arguments.model or Path(folder) / "model"
         if not arguments.model:
-            _run([sys.executable, str(ROOT / "scripts/build.py"), "--output", str(model)])
+            common.script("build", "--output", model)
         tutorial = _tutorial(arguments.data, model, arguments.tutorial_samples, Path(folder))
         ours = _ours(arguments.data, model, arguments.samples)
     results = {"tutorial": tutorial, **ours}
     rates = {name: {"samples_per_second": round(rate, 1), "over_tutorial": round(rate / tutorial, 1)}
              for name, rate in results.items()}  # fmt: skip
     through = [package for package in ("qwen_vl_utils", "datasets") if _has(package)]
-    print(json.dumps({"machine": _machine(), "tutorial_through": through, "results": rates}, indent=2))
+    common.report(arguments, rates, tutorial_through=through)
 
 
 def _ours(data: Path, model: Path, num_samples: int) -> dict[str, float]:
@@ -117,8 +115,6 @@ def _pictures(messages: list[dict[str, Any]]) -> tuple[list[Any], Any]:
 
 def prepare(row: dict[str, Any], processor: Any) -> dict[str, Any]:
     """One row as the tutorial makes it."""
-    from tutorial import PROMPT
-
     image_path, answer = (turn["value"] for turn in row["conversations"])
     picture = {"type": "image", "image": image_path, "resized_height": HEIGHT, "resized_width": WIDTH}
     messages = [{"role": "user", "content": [picture, {"type": "text", "text": PROMPT}]}]

@@ -13,40 +13,28 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT), str(Path(__file__).resolve().parent)]
+import common
 
-from training import _machine, _run
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="train.json of real formulas")
-    parser.add_argument("--size", choices=["tiny", "2b"], default="tiny")
+    if sys.argv[1:2] == ["--run"]:  # the options of one training, in JSON
+        print(json.dumps(_training(json.loads(sys.argv[2]))))
+        return
+    parser = common.parser(__doc__)
     parser.add_argument("--records", type=int, nargs="+", default=[1_000, 100_000])
     parser.add_argument("--steps", type=int, default=100, help="steps of 16 samples before memory is read")
-    parser.add_argument("--run", help=argparse.SUPPRESS)  # the options of one training, in JSON
     arguments = parser.parse_args()
-    if arguments.run:
-        print(json.dumps(_training(json.loads(arguments.run))))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model"
-        dtype = "bfloat16" if arguments.size == "2b" else "float32"
-        _run([sys.executable, str(ROOT / "scripts/build.py"), "--output", str(model), "--size", arguments.size,
-              "--dtype", dtype])  # fmt: skip
-        results = [_measure(number, model, arguments, Path(folder)) for number in arguments.records]
+    with common.workplace(arguments) as (model, folder):
+        results = [_measure(number, model, arguments, folder) for number in arguments.records]
     first, last = results[0], results[-1]
     more = {f"more_{unit}": round(last[unit] - first[unit], 1) for unit in ("rss_mib", "pss_mib")}
-    print(json.dumps({"machine": {**_machine(), "cores": os.cpu_count()}, "results": results, **more}, indent=2))
+    common.report(arguments, results, **more)
 
 
 def _measure(num_records: int, model: Path, arguments: argparse.Namespace, folder: Path) -> dict[str, Any]:
@@ -61,11 +49,8 @@ def _measure(num_records: int, model: Path, arguments: argparse.Namespace, folde
         "gradient_accumulation_steps": 1, "save_strategy": "no", "swanlab_mode": "disabled", "disable_tqdm": True,
         "use_cpu": arguments.size == "tiny",
     }  # fmt: skip
-    command = [sys.executable, __file__, "--run", json.dumps(options)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}")
-    return {"records": num_records, **json.loads(done.stdout.splitlines()[-1])}
+    printed = common.run([sys.executable, __file__, "--run", json.dumps(options)])
+    return {"records": num_records, **json.loads(printed.splitlines()[-1])}
 
 
 def _training(options: dict[str, Any]) -> dict[str, Any]:
