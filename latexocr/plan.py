@@ -10,25 +10,27 @@ from __future__ import annotations
 
 import copy
 import gc
+import itertools
 import json
 import logging
+import math
 import random
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Sampler
-from transformers import TrainerCallback, TrainingArguments
+from transformers import TrainerCallback
 
 from latexocr.memory import GIB, OutOfMemory, peak_gib, total_gib
-from latexocr.preprocess import Selection, TokenCounts
+from latexocr.preprocess import Selection, TokenCounts, TokenTable
 from latexocr.stopping import StopSignal
 from latexocr.train import Data, TrainConfig, build_trainer, count_steps, load_data, load_model
-from latexocr.trainer import FormulaTrainer
 
 logger = logging.getLogger(__name__)
 FULL = 0.9  # share of the memory above which a training is not safe: later batches fragment it
@@ -37,18 +39,21 @@ ROOMY = 0.8  # a larger batch is tried when it should need less than this share
 WARM_UP, MEASURED = 3, 10  # typical steps
 MOST_SECONDS = 60  # measuring ends after this, however few steps were done
 
+Shape = tuple[int | None, int, bool]  # samples a device and micro-batch, micro-batches a step, checkpointing
+
 
 @dataclass(frozen=True)
 class Trial:
     """Some real steps with one configuration; without memory and speed if it did not fit.
 
     Args:
+        per_device_train_batch_size: None where a budget of tokens or patches says how large a micro-batch is.
         base_gib: memory before the first step, weights only.
         peak_gib: most memory of the worst steps and of the typical ones.
         seconds_per_step: of a typical step, data loading and optimiser included.
     """
 
-    per_device_train_batch_size: int
+    per_device_train_batch_size: int | None
     gradient_accumulation_steps: int
     gradient_checkpointing: bool
     base_gib: float | None = None
@@ -60,11 +65,12 @@ class Trial:
     @property
     def flags(self) -> str:
         """The configuration as it is typed."""
-        flags = (
-            f"--per_device_train_batch_size {self.per_device_train_batch_size} "
-            f"--gradient_accumulation_steps {self.gradient_accumulation_steps}"
-        )
-        return f"{flags} --gradient_checkpointing {str(self.gradient_checkpointing).lower()}"
+        options = {
+            "per_device_train_batch_size": self.per_device_train_batch_size,
+            "gradient_accumulation_steps": self.gradient_accumulation_steps,
+            "gradient_checkpointing": str(self.gradient_checkpointing).lower(),
+        }
+        return " ".join(f"--{name} {value}" for name, value in options.items() if value is not None)
 
     def fits(self, total: float) -> bool:
         return self.peak_gib is not None and self.peak_gib <= FULL * total
@@ -108,7 +114,7 @@ class Plan:
             yield "tried", trial
 
     def _row(self, trial: Trial) -> str:
-        shape = f"{trial.per_device_train_batch_size} x {trial.gradient_accumulation_steps}"
+        shape = f"{trial.per_device_train_batch_size or 'budget'} x {trial.gradient_accumulation_steps}"
         shape += ", checkpointing" * trial.gradient_checkpointing
         if trial.peak_gib is None:
             return f"{shape}: out of memory"
@@ -124,7 +130,8 @@ def plan(config: TrainConfig) -> Plan:
 
     The trainer, its optimiser and its data loader are those of `train`; nothing is kept, nothing is tracked. What
     does not fit is tried with half the batch until it does; where there is room, the largest batch that should fit
-    is tried as well, without checkpointing. None of this changes the result: samples a step stay the same.
+    is tried as well, without checkpointing. None of this changes the result: samples a step stay the same. Batches
+    by budget keep their budget: with them only checkpointing is tried.
 
     Args:
         config: as for `train`.
@@ -134,23 +141,21 @@ def plan(config: TrainConfig) -> Plan:
     """
     data = load_data(config)
     counts = data.training.counts
-    shape = (config.per_device_train_batch_size, config.gradient_accumulation_steps, config.gradient_checkpointing)
+    batch_size = None if config.by_budget else config.per_device_train_batch_size
+    shape = (batch_size, config.gradient_accumulation_steps, config.gradient_checkpointing)
     trials = [_trial(config, data, shape)]
     total = total_gib(config.device)
     while not trials[-1].fits(total) and (shape := smaller(shape)):
         trials.append(_trial(config, data, shape))
     if trials[0].fits(total):
         trials += _faster(config, data, trials[0], total)
-    _, _, num_steps = count_steps(config, len(counts))
+    _, _, num_steps = count_steps(config, len(counts), data.batches)
     seconds = next((trial.seconds_per_step for trial in trials if trial.seconds_per_step), None)
     on_gpu = config.device.type == "cuda"
     return Plan(
         device=torch.cuda.get_device_name(config.device) if on_gpu else "CPU, memory of the whole process",
         total_gib=total,
-        worst_batches=[
-            describe([counts[row] for row in rows], data) for rows in worst_batches(
-                counts, config.per_device_train_batch_size)
-        ],
+        worst_batches=[describe([counts[row] for row in rows], data) for rows in _worst(config, data)],
         trials=trials,
         num_steps=num_steps,
         hours=None if seconds is None else seconds * num_steps / 3600,
@@ -169,46 +174,67 @@ def _faster(config: TrainConfig, data: Data, given: Trial, total: float) -> list
     return [*trials[1:], *([_trial(config, data, largest)] if largest else [])]
 
 
-def worst_batches(counts: Sequence[TokenCounts], batch_size: int) -> list[list[int]]:
-    """Rows of the heaviest batch by language tokens, and of the heaviest by patches when it is another one.
+def worst_batches(
+    counts: TokenTable, batch_size: int | None, *, max_tokens: float = math.inf, max_image_tokens: float = math.inf
+) -> list[list[int]]:
+    """Rows of the heaviest micro-batch by language tokens, and of the heaviest by patches when it is another one.
 
-    >>> short, long, large = TokenCounts(9, 20, 1), TokenCounts(9, 20, 90), TokenCounts(9, 64, 5)
-    >>> worst_batches([short, long, large], 1)
+    Args:
+        counts: lengths of all rows.
+        batch_size: rows of a micro-batch; None for as many as fit into `max_tokens` and `max_image_tokens`.
+
+    >>> table = TokenTable(9, np.array([20, 20, 64]), np.array([1, 90, 5]))
+    >>> worst_batches(table, 1)
     [[1], [2]]
     """
-    rows = range(len(counts))
-    by_tokens = sorted(rows, key=lambda row: counts[row].total, reverse=True)
-    by_patches = sorted(rows, key=lambda row: (counts[row].image, counts[row].total), reverse=True)
-    found = []
-    for order in (by_tokens, by_patches):
-        batch = [order[place % len(order)] for place in range(batch_size)]  # again from the start in a tiny data set
+    total, image = counts.total, counts.image
+    found: list[list[int]] = []
+    for order in (np.argsort(-total, kind="stable"), np.lexsort((-total, -image))):
+        if batch_size is None:
+            batch = _as_fit(order.tolist(), total.tolist(), image.tolist(), max_tokens, max_image_tokens)
+        else:
+            batch = np.resize(order, batch_size).tolist()  # again from the start in a tiny data set
         if set(batch) not in [set(other) for other in found]:
             found.append(batch)
     return found
 
 
-def smaller(shape: tuple[int, int, bool]) -> tuple[int, int, bool] | None:
+def _as_fit(
+    order: list[int], total: list[int], image: list[int], max_tokens: float, max_image_tokens: float
+) -> list[int]:
+    batch: list[int] = []
+    for row in order:
+        max_tokens, max_image_tokens = max_tokens - total[row], max_image_tokens - image[row]
+        if max_tokens < 0 or max_image_tokens < 0:
+            break
+        batch.append(row)
+    return batch
+
+
+def smaller(shape: Shape) -> Shape | None:
     """The next thing to try when a configuration does not fit; None when there is nothing that keeps the result.
 
     >>> smaller((12, 1, False)), smaller((1, 12, False)), smaller((1, 12, True))
     ((6, 2, False), (1, 12, True), None)
     """
     batch, accumulation, checkpointing = shape
-    samples = batch * accumulation
-    if batch > 1:
+    if batch is not None and batch > 1:
+        samples = batch * accumulation
         half = max(size for size in range(1, batch // 2 + 1) if samples % size == 0)
         return half, samples // half, checkpointing
-    return None if checkpointing else (1, samples, True)
+    return None if checkpointing else (batch, accumulation, True)
 
 
-def roomier(trial: Trial, total: float) -> tuple[int, int, bool] | None:
+def roomier(trial: Trial, total: float) -> Shape | None:
     """The largest batch with the same samples a step that should fit: activations grow with the batch.
 
     >>> roomier(Trial(4, 4, False, base_gib=4, peak_gib=6), total=140)
     (16, 1, False)
     """
-    batch, samples = trial.per_device_train_batch_size, (
-        trial.per_device_train_batch_size * trial.gradient_accumulation_steps)  # fmt: skip
+    batch = trial.per_device_train_batch_size
+    if batch is None:
+        return None
+    samples = batch * trial.gradient_accumulation_steps
     grows = (trial.peak_gib - trial.base_gib) / batch
     fitting = [
         size for size in range(batch + 1, samples + 1)
@@ -229,13 +255,18 @@ def advise(trials: Sequence[Trial], total: float, training: Selection, config: T
     reason = "out of memory" if given.peak_gib is None else f"more than {FULL:.0%} of the memory"
     if fitting:
         return [f"{reason}: use {fitting[0].flags}, which fits, the same result"]
-    longest = sorted(count.total for count in training.counts)
+    if config.by_budget:
+        bounds = {"tokens": config.max_tokens_per_batch, "patches": config.max_patches_per_batch}
+        halves = " ".join(f"--max_{name}_per_batch {bound // 2}" for name, bound in bounds.items() if bound)
+        steps = 2 * config.gradient_accumulation_steps
+        return [f"{reason}, with checkpointing too: use {halves} --gradient_accumulation_steps {steps}"]
+    longest = np.sort(training.counts.total)
     bound = longest[int(0.99 * (len(longest) - 1))]
-    beyond = sum(length > bound for length in longest)
-    images = max(count.image for count in training.counts)
+    images = int(training.counts.image.max())
     return [
         f"{reason}, with one sample at a time and checkpointing too; what is left changes the result:",
-        f"--max_length {bound} instead of {longest[-1]} at most drops {beyond} of {len(longest):,} records",
+        f"--max_length {bound} instead of {longest[-1]} at most drops {(longest > bound).sum()} of {len(longest):,} "
+        "records",
         f"--max_visual_tokens {images // 2} halves the largest picture ({images} tokens)",
         f"--lora_r {max(1, config.lora_r // 2)} instead of {config.lora_r} halves the adapter and its optimiser state",
     ]
@@ -243,7 +274,7 @@ def advise(trials: Sequence[Trial], total: float, training: Selection, config: T
 
 def describe(counts: Sequence[TokenCounts], data: Data) -> str:
     """A batch in numbers, from its records' lengths."""
-    patches = sum(count.image for count in counts) * data.preprocessor.processor.image_processor.merge_size**2
+    patches = sum(count.image for count in counts) * _patches_per_token(data)
     return (
         f"{len(counts)} samples, {sum(count.total for count in counts):,} language tokens (longest record "
         f"{max(count.total for count in counts):,}), {patches:,} patches"
@@ -263,27 +294,17 @@ def _duration(hours: float) -> str:
     return f"{minutes // 60} h {minutes % 60} min" if minutes >= 1 else f"{3600 * hours:.0f} s"
 
 
-class _Rows(Sampler[int]):
-    """Chosen rows in a chosen order."""
+class _Batches(Sampler[list[int]]):
+    """Chosen micro-batches in a chosen order, the same on every rank."""
 
-    def __init__(self, rows: list[int]) -> None:
-        self.rows, self.epoch = rows, 0  # FormulaTrainer sets the epoch
+    def __init__(self, batches: list[list[int]]) -> None:
+        self.batches, self.epoch = batches, 0  # FormulaTrainer sets the epoch
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.batches)
 
-    def __iter__(self) -> Iterator[int]:
-        yield from self.rows
-
-
-class _PlannedTrainer(FormulaTrainer):
-    """The real trainer on `planned_rows` in their order."""
-
-    planned_rows: list[int]
-
-    def _get_train_sampler(self, train_dataset: Any = None) -> _Rows:
-        self._sampler = _Rows(self.planned_rows)
-        return self._sampler
+    def __iter__(self) -> Iterator[list[int]]:
+        yield from self.batches
 
 
 class _Stopwatch(TrainerCallback):
@@ -312,7 +333,7 @@ class _Stopwatch(TrainerCallback):
                 control.should_training_stop = True
 
 
-def _trial(config: TrainConfig, data: Data, shape: tuple[int, int, bool]) -> Trial:
+def _trial(config: TrainConfig, data: Data, shape: Shape) -> Trial:
     """Worst steps twice (the optimiser's state exists from the first on), then typical ones."""
     with tempfile.TemporaryDirectory() as folder:
         options = _quiet(config, folder, shape)
@@ -331,10 +352,12 @@ def _trial(config: TrainConfig, data: Data, shape: tuple[int, int, bool]) -> Tri
     return found or Trial(*shape)
 
 
-def _quiet(config: TrainConfig, folder: str, shape: tuple[int, int, bool]) -> TrainConfig:
+def _quiet(config: TrainConfig, folder: str, shape: Shape) -> TrainConfig:
     """The configuration with another batch, writing and showing nothing."""
     options = copy.copy(config)
-    options.per_device_train_batch_size, options.gradient_accumulation_steps, options.gradient_checkpointing = shape
+    batch_size, options.gradient_accumulation_steps, options.gradient_checkpointing = shape
+    if batch_size is not None:
+        options.per_device_train_batch_size = batch_size
     options.output_dir, options.report_to, options.disable_tqdm = folder, [], True
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         setattr(options, name, type(getattr(options, name))("no"))
@@ -342,35 +365,49 @@ def _quiet(config: TrainConfig, folder: str, shape: tuple[int, int, bool]) -> Tr
     return options
 
 
-def _measure(options: TrainConfig, data: Data, shape: tuple[int, int, bool]) -> Trial:
-    rows, counts = _rows(options, data.training.counts), data.training.counts
-    samples = options.per_device_train_batch_size * options.gradient_accumulation_steps * options.world_size
-    options.max_steps = len(rows) // samples
-    num_worst = options.max_steps - WARM_UP - MEASURED
+def _measure(options: TrainConfig, data: Data, shape: Shape) -> Trial:
+    worst, typical = _micro_batches(options, data)
+    accumulated = options.gradient_accumulation_steps
+    options.max_steps = (len(worst) + len(typical)) // accumulated
     model, contract = load_model(options, data)
-    watch = _Stopwatch(options.device, num_worst)
+    watch = _Stopwatch(options.device, num_worst=len(worst) // accumulated)
     trainer = build_trainer(
-        options, data, model, contract, stop=StopSignal(), on_board=lambda *_: None, callbacks=[watch],
-        trainer_class=_PlannedTrainer,
+        options, replace(data, batches=_Batches(worst + typical)), model, contract, stop=StopSignal(),
+        on_board=lambda *_: None, callbacks=[watch],
     )  # fmt: skip
-    trainer.planned_rows = rows
     trainer.train()
-    first = (num_worst + WARM_UP) * samples
-    measured = rows[first : first + watch.steps * samples]
+    first = WARM_UP * accumulated
+    measured = [row for batch in typical[first : first + watch.steps * accumulated] for row in batch]
+    tokens = sum(data.training.counts[row].total for row in measured)
     return Trial(
         *shape,
         base_gib=watch.base_gib,
         peak_gib=peak_gib(options.device),
         seconds_per_step=watch.seconds / watch.steps,
-        samples_per_second=len(measured) / watch.seconds,
-        tokens_per_second=sum(counts[row].total for row in measured) / watch.seconds,
+        samples_per_second=options.world_size * len(measured) / watch.seconds,
+        tokens_per_second=options.world_size * tokens / watch.seconds,
     )
 
 
-def _rows(options: TrainingArguments, counts: Sequence[TokenCounts]) -> list[int]:
-    """The worst batches as whole steps, twice, then typical steps: rows drawn at random."""
-    batch = options.per_device_train_batch_size
-    repeats = options.gradient_accumulation_steps * options.world_size
-    worst = [row for rows in worst_batches(counts, batch) for row in rows * repeats]
-    typical = random.Random(options.seed).choices(range(len(counts)), k=(WARM_UP + MEASURED) * batch * repeats)
-    return [*worst, *worst, *typical]
+def _micro_batches(options: TrainConfig, data: Data) -> tuple[list[list[int]], list[list[int]]]:
+    """The worst ones as whole steps, twice, and typical ones: rows drawn at random, or as the budget fills them."""
+    accumulated = options.gradient_accumulation_steps
+    worst = [batch for batch in _worst(options, data) for _ in range(accumulated)]
+    num_typical = (WARM_UP + MEASURED) * accumulated
+    if data.batches is not None:
+        return [*worst, *worst], list(itertools.islice(itertools.cycle(data.batches), num_typical))
+    draw, rows = random.Random(options.seed), range(len(data.training.counts))
+    batch_size = options.per_device_train_batch_size
+    return [*worst, *worst], [draw.choices(rows, k=batch_size) for _ in range(num_typical)]
+
+
+def _worst(config: TrainConfig, data: Data) -> list[list[int]]:
+    counts = data.training.counts
+    if not config.by_budget:
+        return worst_batches(counts, config.per_device_train_batch_size)
+    max_tokens, max_patches = config.max_tokens_per_batch or math.inf, config.max_patches_per_batch or math.inf
+    return worst_batches(counts, None, max_tokens=max_tokens, max_image_tokens=max_patches / _patches_per_token(data))
+
+
+def _patches_per_token(data: Data) -> int:
+    return data.preprocessor.processor.image_processor.merge_size**2

@@ -354,12 +354,11 @@ def build_trainer(
     stop: StopSignal,
     on_board: Callable[[list[Sample], int], None],
     callbacks: Sequence[TrainerCallback] = (),
-    trainer_class: type[FormulaTrainer] = FormulaTrainer,
 ) -> FormulaTrainer:
     """The trainer over `data`, ready to train; nothing is written yet."""
     processor = data.preprocessor.processor
     padded = FormulaCollator(tokenizer=processor.tokenizer, family=data.preprocessor.family)
-    return trainer_class(
+    return FormulaTrainer(
         model=model,
         args=config,
         contract=contract,

@@ -6,6 +6,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,8 @@ from latexocr.cli import main
 from latexocr.errors import InputError
 from latexocr.memory import OutOfMemory, explain_out_of_memory
 from latexocr.plan import Trial, advise, plan, roomier, smaller, worst_batches
-from latexocr.preprocess import Selection, TokenCounts
+from latexocr.preprocess import Selection, TokenTable
+from latexocr.train import load_data
 from latexocr.trainer import FormulaTrainer
 
 FITS = Trial(4, 4, False, base_gib=4.0, peak_gib=6.0, seconds_per_step=0.4, samples_per_second=40.0)
@@ -27,10 +29,14 @@ def few_steps(monkeypatch):
 
 
 def test_worst_batches():
-    short, long, large = TokenCounts(9, 20, 1), TokenCounts(9, 20, 90), TokenCounts(9, 64, 5)
-    assert worst_batches([short, long, large], 1) == [[1], [2]]  # most tokens 119, most patches 64 tokens
-    assert worst_batches([short, long, large], 2) == [[1, 2]]  # the same two by either measure
-    assert worst_batches([short], 3) == [[0, 0, 0]]
+    # tokens 30, 119, 78; image tokens 20, 20, 64
+    table = TokenTable(9, np.array([20, 20, 64]), np.array([1, 90, 5]))
+    assert worst_batches(table, 1) == [[1], [2]]
+    assert worst_batches(table, 2) == [[1, 2]]  # the same two by either measure
+    assert worst_batches(table.take(np.array([0])), 3) == [[0, 0, 0]]
+    assert worst_batches(table, None, max_tokens=200) == [[1, 2]]  # 197
+    assert worst_batches(table, None, max_tokens=150) == [[1], [2]]
+    assert worst_batches(table, None, max_tokens=200, max_image_tokens=70) == [[1], [2]]
 
 
 def test_what_is_tried_next_keeps_the_samples_a_step():
@@ -48,7 +54,7 @@ def test_what_is_tried_next_keeps_the_samples_a_step():
 
 
 def test_advice(config):
-    training = Selection([], [TokenCounts(20, 64, length) for length in range(1, 102)], [])
+    training = Selection([], TokenTable(20, np.full(101, 64), np.arange(1, 102)), [])
     options = config(lora_r=64)
     faster = replace(FITS, per_device_train_batch_size=16, gradient_accumulation_steps=1, samples_per_second=70.0)
     assert advise([FITS, faster], 140, training, options) == [
@@ -117,6 +123,27 @@ def test_plan_when_nothing_fits(config, few_steps, monkeypatch):
               for t in found.trials]  # fmt: skip
     assert shapes == [(2, 1, False), (1, 2, False), (1, 2, True)]
     assert len(found.advice) == 4
+
+
+@pytest.mark.slow
+def test_plan_by_budget(config, few_steps, monkeypatch):
+    """The worst micro-batch is as full as the budget allows; the whole run is counted in micro-batches."""
+    options = config(max_steps=-1, num_train_epochs=2.0, gradient_accumulation_steps=1, max_tokens_per_batch=600,
+                     per_device_train_batch_size=4)  # fmt: skip
+    found = plan(options)
+    (trial,) = found.trials
+    assert trial.per_device_train_batch_size is None and "\nas given     budget x 1: " in str(found)
+    tokens = int(found.worst_batches[0].split(" samples, ")[1].split(" ")[0])
+    assert 600 - 190 < tokens <= 600  # no further record fits
+    assert found.num_steps == 2 * len(load_data(options).batches)
+    assert 0 < trial.tokens_per_second * trial.seconds_per_step <= 600
+    monkeypatch.setattr(planning, "total_gib", lambda device: 0.01)
+    short = plan(options)
+    assert [trial.gradient_checkpointing for trial in short.trials] == [False, True]
+    assert short.advice == [
+        "more than 90% of the memory, with checkpointing too: use --max_tokens_per_batch 300 "
+        "--gradient_accumulation_steps 2"
+    ]
 
 
 @pytest.mark.slow

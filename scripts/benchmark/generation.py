@@ -38,6 +38,7 @@ def main() -> None:
 
 
 def measure(arguments: Any, model_folder: Path, folder: Path) -> list[dict]:
+    import numpy as np
     import torch
 
     from latexocr.console import Console
@@ -51,8 +52,9 @@ def measure(arguments: Any, model_folder: Path, folder: Path) -> list[dict]:
         eval_generate_samples=arguments.images, per_device_eval_batch_size=64, save_strategy="no", report_to=[],
     )  # fmt: skip
     data = load_data(config)
-    rows = (data.training.records * -(-arguments.images // len(data.training.records)))[: arguments.images]
-    images = [row.image_path for row in rows]
+    chosen = np.arange(arguments.images) % len(data.training.records)  # from the start again if there are few
+    rows = data.training.records.take(chosen)
+    images = [rows[number].image_path for number in range(len(rows))]
     data = replace(data, validation=replace(data.validation, records=rows))
     model, contract = load_model(config, data)
     model.to(config.device).eval()
