@@ -143,7 +143,9 @@ def train(
         command = [*started, ROOT / "scripts/train.py", *_flags({**given, **WORK, **OURS[system], **(options or {})})]
     begun = time.perf_counter()
     run(command, SITES.get(system))
-    return {"variant": variant, **summary(output / "metrics.jsonl"), "process_seconds": _seconds_since(begun)}
+    found = {"variant": variant, **summary(output / "metrics.jsonl"), "process_seconds": _seconds_since(begun)}
+    print(json.dumps({"ranks": ranks, **found}), file=sys.stderr, flush=True)  # nothing is lost if a later one fails
+    return found
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
