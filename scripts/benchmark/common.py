@@ -173,11 +173,11 @@ def summary(metrics: Path) -> dict[str, Any]:
     return {**found, "losses": [round(line["loss"], 5) for line in logs]}
 
 
-def steps_for(variant: str, samples: int = 2400, least: int = 24, most: int = 150) -> int:
+def steps_for(variant: str, samples: int = 2400, least: int = 16, most: int = 150) -> int:
     """So many steps that about `samples` samples are seen; fewer of the slow peers'.
 
     >>> steps_for("ours 16x1"), steps_for("ours 64x1"), steps_for("tutorial 4x4")
-    (150, 37, 24)
+    (150, 37, 16)
     """
     system, shape, *_ = variant.split()
     batch, accumulation = map(int, shape.split("x"))
