@@ -23,8 +23,11 @@ class CompiledLayers:
         torch._dynamo.config.cache_size_limit = max(64, torch._dynamo.config.cache_size_limit)
         # Where nothing can be compiled (no C compiler, say) the layers run as they are, after a warning.
         torch._dynamo.config.suppress_errors = True
-        # The first layer's input has no gradient, which would make a variant of its own.
+        # The first layer's input has no gradient, the first block's is a view: each would make a variant of its own.
         model.get_input_embeddings().register_forward_hook(_require_gradient)
+        for name, module in model.named_modules():
+            if name.endswith(".visual.patch_embed"):
+                module.register_forward_hook(_copy)
         self._layers = [m for name, m in model.named_modules() if LAYER_PATH.fullmatch(name)]
         for layer in self._layers:
             layer.compile(dynamic=True)
@@ -45,3 +48,7 @@ class CompiledLayers:
 def _require_gradient(module: torch.nn.Module, arguments: tuple, output: torch.Tensor) -> None:
     if module.training:
         output.requires_grad_()
+
+
+def _copy(module: torch.nn.Module, arguments: tuple, output: torch.Tensor) -> torch.Tensor:
+    return output.clone() if module.training else output

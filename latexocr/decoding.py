@@ -36,7 +36,7 @@ CHECK_EVERY = 16  # tokens between two looks at which rows have ended
 LENGTH_STEP = 256  # columns of the cache that attention reads: 256, 512, 1024, ...
 ROW_FACTOR = 4  # rows on a GPU: all, a quarter, a sixteenth, ...: a graph each, so not too many
 FEW_ROWS = 16  # a step with fewer is no faster
-PREFILL_PATCHES = 2**14  # patches of prompts in one forward pass; bounds its memory
+PREFILL_PATCHES = 2**16  # patches of prompts in one forward pass; bounds its memory
 MEMORY_SHARE = 0.5  # of the free GPU memory may hold keys and values
 # cuDNN's attention plans anew for every shape, which costs more than it saves here.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]

@@ -125,7 +125,7 @@ def lora_linear(
 
 @lora_linear.register_fake
 def _(x, weight, bias, down, a, b, seeds, threshold, factor):
-    return [x.new_empty(len(x), size) for size in (*(part.shape[0] for part in b), weight.shape[1])]
+    return [x.new_empty(x.shape[0], size) for size in (*(part.shape[0] for part in b), weight.shape[1])]
 
 
 @torch.library.custom_op("latexocr::lora_linear_backward", mutates_args=())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import inf
 
 import torch
@@ -25,19 +25,45 @@ class EpochSampler(Sampler[int]):
 
     Why: accelerate deals whole batches to the ranks and repeats samples where they do not divide. Padding with
     samples that carry no supervised token keeps each step's set of samples, and so its loss and gradient, the
-    same for any number of ranks.
+    same for any number of ranks. Within a step, samples are dealt so that no rank waits for another's longer formulas.
+
+    Args:
+        lengths: of the samples in tokens.
+        batch_size: samples of a rank and micro-batch.
+        ranks: among which a step's micro-batches are dealt, one after the other.
+        seed: of the permutations.
     """
 
-    def __init__(self, num_samples: int, *, multiple: int, seed: int) -> None:
-        self.num_samples, self.multiple, self.seed, self.epoch = num_samples, multiple, seed, 0
+    def __init__(self, lengths: Sequence[int], *, batch_size: int = 1, ranks: int = 1, seed: int) -> None:
+        self.lengths, self.batch_size, self.ranks = lengths, batch_size, ranks
+        self.multiple = batch_size * ranks if ranks > 1 else 1
+        self.seed, self.epoch = seed, 0
 
     def __len__(self) -> int:
-        return -(-self.num_samples // self.multiple) * self.multiple
+        return -(-len(self.lengths) // self.multiple) * self.multiple
 
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        yield from torch.randperm(self.num_samples, generator=generator).tolist()
-        yield from [MASKED] * (len(self) - self.num_samples)
+        order = torch.randperm(len(self.lengths), generator=generator).tolist()
+        order += [MASKED] * (len(self) - len(order))
+        if self.ranks == 1:
+            return iter(order)
+        steps = (order[start : start + self.multiple] for start in range(0, len(order), self.multiple))
+        return itertools.chain.from_iterable(itertools.chain(*self._dealt(step)) for step in steps)
+
+    def _dealt(self, samples: list[int]) -> list[list[int]]:
+        """Equally many samples for each rank, the longest first to the rank with the fewest tokens."""
+        hands: list[list[int]] = [[] for _ in range(self.ranks)]
+        totals = [0] * self.ranks
+        for sample in sorted(samples, key=self._length, reverse=True):
+            open_hands = [rank for rank in range(self.ranks) if len(hands[rank]) < self.batch_size]
+            rank = min(open_hands, key=totals.__getitem__)
+            hands[rank].append(sample)
+            totals[rank] += self._length(sample)
+        return hands
+
+    def _length(self, sample: int) -> int:
+        return int(self.lengths[0 if sample == MASKED else sample])  # the first sample stands in for a masked one
 
 
 class BudgetSampler(Sampler[list[int]]):

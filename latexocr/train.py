@@ -364,6 +364,7 @@ def build_trainer(
         contract=contract,
         generation=inner_model(model).generation_config,
         stop=stop,
+        lengths=data.training.counts.total,
         batches=data.batches,
         on_board=on_board,
         train_dataset=FormulaDataset(data.training.records, data.preprocessor, as_bytes=True),

@@ -56,6 +56,7 @@ class FormulaTrainer(Trainer):
         contract: written beside every checkpoint.
         generation: greedy settings with `max_new_tokens` for validation.
         stop: the signal watcher, also asked during validation.
+        lengths: of the training samples in tokens: ranks get equally many tokens.
         batches: this rank's micro-batches, where they are not of `per_device_train_batch_size` samples.
         eval_collator: padded batches for validation; `data_collator` makes the training batches.
         on_board: called on the main process after every validation with the fixed samples, predictions filled in.
@@ -70,11 +71,12 @@ class FormulaTrainer(Trainer):
         stop: StopSignal,
         on_board: Callable[[list[Sample], int], None],
         eval_collator: Callable[[list[dict]], dict[str, torch.Tensor]],
+        lengths: Sequence[int],
         batches: BudgetSampler | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)  # given, so that tokens are counted
-        self.eval_collator = eval_collator
+        self.eval_collator, self.lengths = eval_collator, lengths
         self._head = detach_head(self.model) if self.args.fused_loss else None
         self._loras = FusedLoras(self.model) if self.args.fused_lora else None
         self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
@@ -101,11 +103,12 @@ class FormulaTrainer(Trainer):
     # training
 
     def _get_train_sampler(self, train_dataset: FormulaDataset | None = None) -> EpochSampler:
-        num_samples = len(train_dataset if train_dataset is not None else self.train_dataset)
-        ranks = self.args.world_size
-        multiple = self.args.per_device_train_batch_size * ranks if ranks > 1 else 1
-        seed = self.args.data_seed if self.args.data_seed is not None else self.args.seed
-        self._sampler = EpochSampler(num_samples, multiple=multiple, seed=seed)
+        self._sampler = EpochSampler(
+            self.lengths,
+            batch_size=self.args.per_device_train_batch_size,
+            ranks=self.args.world_size,
+            seed=self.args.data_seed if self.args.data_seed is not None else self.args.seed,
+        )
         return self._sampler
 
     def get_train_dataloader(self) -> DataLoader:

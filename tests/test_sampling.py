@@ -8,17 +8,23 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
 from latexocr.errors import InputError
-from latexocr.preprocess import Selection, TokenCounts, select
+from latexocr.preprocess import Selection, TokenCounts, TokenTable, select
 from latexocr.records import Record, read_records
 from latexocr.sampling import BudgetSampler, halved
 from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
 
 BUDGET = {"max_tokens_per_batch": 500, "max_patches_per_batch": 1500, "per_device_train_batch_size": 4}
+
+
+def table(counts: list[TokenCounts]) -> TokenTable:
+    prompt = counts[0].prompt
+    return TokenTable(prompt, *np.array([[c.image for c in counts], [c.answer for c in counts]], np.int32))
 
 
 def skewed(num_records: int) -> Selection:
@@ -29,7 +35,7 @@ def skewed(num_records: int) -> Selection:
         for _ in range(num_records)
     ]
     records = [Record(str(index), Path("x.png"), "x", f"record {index}") for index in range(num_records)]
-    return Selection(records, counts, [])
+    return Selection(records, table(counts), [])
 
 
 def sampler(selection: Selection, *, rank: int = 0, world_size: int = 1, **limits: int | None) -> BudgetSampler:
@@ -41,10 +47,10 @@ def test_a_plan_to_check_by_hand():
     """Tokens 6 4 3 3 2 (patches 4 a token of the image, which is 1): 18 tokens need two batches of at most 10."""
     counts = [TokenCounts(0, 1, total - 1) for total in (6, 4, 3, 3, 2)]
     records = [Record(str(index), Path("x.png"), "x", f"record {index}") for index in range(5)]
-    batches = list(sampler(Selection(records, counts, []), max_tokens=10, max_patches=None))
+    batches = list(sampler(Selection(records, table(counts), []), max_tokens=10, max_patches=None))
     assert sorted(sample for batch in batches for sample in batch) == [0, 1, 2, 3, 4]
     assert len(batches) == 2
-    assert len(list(sampler(Selection(records, counts, []), max_tokens=None, max_patches=4))) == 5
+    assert len(list(sampler(Selection(records, table(counts), []), max_tokens=None, max_patches=4))) == 5
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 8])
@@ -111,10 +117,10 @@ def test_a_record_above_the_budget_is_named():
     counts = [TokenCounts(10, 20, 30), TokenCounts(10, 20, 300)]
     records = [Record(str(index), Path("x.png"), "x", f"record {index}") for index in range(2)]
     with pytest.raises(InputError, match="record 1 has 330 tokens, more than max_tokens_per_batch 300"):
-        sampler(Selection(records, counts, []), max_tokens=300)
+        sampler(Selection(records, table(counts), []), max_tokens=300)
     with pytest.raises(InputError, match="record 0 has 80 patches, more than max_patches_per_batch 79"):
-        sampler(Selection(records, counts, []), max_patches=79)
-    assert len(sampler(Selection(records, counts, []), max_tokens=330)) == 2
+        sampler(Selection(records, table(counts), []), max_patches=79)
+    assert len(sampler(Selection(records, table(counts), []), max_tokens=330)) == 2
 
 
 def losses(folder: Path, key: str = "loss") -> list[float]:

@@ -58,7 +58,7 @@ def test_first_loss_equals_one_by_one_arithmetic(config, tmp_path):
     folder, preprocessor = load_preprocessor(options)
     model = load_base(folder, dtype=torch.float32).eval()
     records = read_records(options.train_json)
-    order = list(EpochSampler(len(records), multiple=1, seed=options.seed))[:8]
+    order = list(EpochSampler([1] * len(records), seed=options.seed))[:8]
     total, tokens = 0.0, 0
     for index in order:
         sample = preprocessor(records[index])
@@ -153,12 +153,20 @@ def test_lora_components(model_type, tiny_models):
 
 
 def test_epoch_sampler_covers_each_sample_once_and_pads_with_masked():
-    sampler = EpochSampler(5, multiple=4, seed=0)
+    sampler = EpochSampler([7] * 5, batch_size=2, ranks=2, seed=0)
     first = list(sampler)
-    assert len(sampler) == len(first) == 8 and sorted(first) == [-1, -1, -1, 0, 1, 2, 3, 4] and first[5:] == [-1] * 3
+    assert len(sampler) == len(first) == 8 and sorted(first) == [-1, -1, -1, 0, 1, 2, 3, 4]
+    assert set(first[:4]) == set(list(EpochSampler([7] * 5, seed=0))[:4])  # a step's samples on any number of ranks
     sampler.epoch = 1
     assert sorted(sampler) == sorted(first) and list(sampler) != first
-    assert len(EpochSampler(5, multiple=1, seed=0)) == 5
+    assert len(EpochSampler([7] * 5, seed=0)) == 5
+
+
+def test_ranks_get_equally_many_tokens():
+    """One step of two ranks with two samples each: 9 + 1 and 6 + 5 tokens."""
+    lengths = [9, 6, 5, 1]
+    dealt = list(EpochSampler(lengths, batch_size=2, ranks=2, seed=0))
+    assert [[lengths[index] for index in dealt[at : at + 2]] for at in (0, 2)] == [[9, 1], [6, 5]]
 
 
 def test_shares_cover_every_row_once():

@@ -144,7 +144,9 @@ def train(
         command = [*started, ROOT / "scripts/train.py", *_flags({**given, **WORK, **OURS[system], **(options or {})})]
     begun = time.perf_counter()
     run(command, SITES.get(system))
-    return {"variant": variant, **summary(output / "metrics.jsonl"), "process_seconds": _seconds_since(begun)}
+    found = {"variant": variant, **summary(output / "metrics.jsonl"), "process_seconds": _seconds_since(begun)}
+    print(json.dumps({"ranks": ranks, **found}), file=sys.stderr, flush=True)  # nothing is lost if a later one fails
+    return found
 
 
 def _flags(options: dict[str, Any]) -> list[str]:
@@ -172,11 +174,11 @@ def summary(metrics: Path) -> dict[str, Any]:
     return {**found, "losses": [round(line["loss"], 5) for line in logs]}
 
 
-def steps_for(variant: str, samples: int = 2400, least: int = 24, most: int = 150) -> int:
+def steps_for(variant: str, samples: int = 2400, least: int = 16, most: int = 150) -> int:
     """So many steps that about `samples` samples are seen; fewer of the slow peers'.
 
     >>> steps_for("ours 16x1"), steps_for("ours 64x1"), steps_for("tutorial 4x4")
-    (150, 37, 24)
+    (150, 37, 16)
     """
     system, shape, *_ = variant.split()
     batch, accumulation = map(int, shape.split("x"))

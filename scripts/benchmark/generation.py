@@ -9,7 +9,6 @@ over all rows, generation, metrics.
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace

@@ -21,7 +21,6 @@ from typing import Any
 import common
 
 
-
 def main() -> None:
     if sys.argv[1:2] == ["--run"]:  # the options of one training, in JSON
         print(json.dumps(_training(json.loads(sys.argv[2]))))

@@ -29,9 +29,7 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", default=VARIANTS, help="system, samples x micro-batches, options")
     parser.add_argument("--batches", type=int, nargs="+", help="instead: these numbers of samples a step")
     parser.add_argument("--systems", nargs="+", default=["tutorial", "trl", "ours"], help="with --batches")
-    parser.add_argument(
-        "--steps", type=int, help="of every variant (default: about 2,400 samples, 24 steps of a peer)"
-    )
+    parser.add_argument("--steps", type=int, help="of every variant (default: 2,400 samples, 16 steps of a peer)")
     parser.add_argument("--llamafactory", type=Path, help="folder of an installation apart: it needs an older trl")
     arguments = parser.parse_args()
     variants = arguments.variants
