@@ -101,6 +101,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.dataloader_num_workers is None:
             ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
             self.dataloader_num_workers = max(1, min(MAX_WORKERS, _num_cores() // ranks))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate takes every rank for a run of its own
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if not on_gpu:
             self.dataloader_pin_memory = False  # it only warns there
