@@ -47,6 +47,8 @@ from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
 LOSS_METER = "loss_meter.json"
+STOCK = "sdpa"  # attention for padded batches and for a growing cache
+Collate = Callable[[list[dict]], dict[str, Any]]
 
 
 class FormulaTrainer(Trainer):
@@ -58,7 +60,7 @@ class FormulaTrainer(Trainer):
         stop: the signal watcher, also asked during validation.
         lengths: of the training samples in tokens: ranks get equally many tokens.
         batches: this rank's micro-batches, where they are not of `per_device_train_batch_size` samples.
-        eval_collator: padded batches for validation; `data_collator` makes the training batches.
+        eval_collator: padded batches for generation; `data_collator` makes those for training and for losses.
         on_board: called on the main process after every validation with the fixed samples, predictions filled in.
         kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s.
     """
@@ -70,7 +72,7 @@ class FormulaTrainer(Trainer):
         generation: GenerationConfig,
         stop: StopSignal,
         on_board: Callable[[list[Sample], int], None],
-        eval_collator: Callable[[list[dict]], dict[str, torch.Tensor]],
+        eval_collator: Collate,
         lengths: Sequence[int],
         batches: BudgetSampler | None = None,
         **kwargs: Any,
@@ -266,17 +268,18 @@ class FormulaTrainer(Trainer):
         """Loss over all validation rows, generation over evenly spaced ones; the same numbers on every rank."""
         dataset: FormulaDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         started = time.perf_counter()
-        with self._as_for_inference():
+        with self._as_for_inference(VARLEN if self.args.flatten else STOCK):
             metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
-            rows = spread(len(dataset), self.args.eval_generate_samples)
-            if rows:
+        rows = spread(len(dataset), self.args.eval_generate_samples)
+        if rows:
+            with self._as_for_inference(STOCK):
                 answers = self._generate_rows(dataset, rows)
-                references = [dataset.records[row].text for row in rows]
-                scores = score([answers[row].text for row in rows], references)
-                metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-                runaways = sum(not answers[row].finished for row in rows)
-                metrics[f"{metric_key_prefix}_runaway_rate"] = runaways / len(rows)
-                self._show_board(dataset, rows, answers)
+            references = [dataset.records[row].text for row in rows]
+            scores = score([answers[row].text for row in rows], references)
+            metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+            runaways = sum(not answers[row].finished for row in rows)
+            metrics[f"{metric_key_prefix}_runaway_rate"] = runaways / len(rows)
+            self._show_board(dataset, rows, answers)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -284,12 +287,12 @@ class FormulaTrainer(Trainer):
         return metrics
 
     @contextmanager
-    def _as_for_inference(self) -> Iterator[None]:
-        """Evaluation mode, stock attention (padded batches, a growing cache), nothing compiled, images from pixels."""
+    def _as_for_inference(self, attention: str) -> Iterator[None]:
+        """Evaluation mode, nothing compiled, images from pixels; stock attention for padded batches."""
         training = self.model.training
         self.model.eval()
         if self.args.flatten:
-            set_attention(self.model, "sdpa")
+            set_attention(self.model, attention)
         try:
             with (
                 self._compiled.paused() if self._compiled else nullcontext(),
@@ -304,12 +307,13 @@ class FormulaTrainer(Trainer):
     @torch.no_grad()
     def _validation_loss(self, dataset: FormulaDataset) -> float:
         total = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # sum of losses, supervised tokens
-        for batch in self._my_share(dataset, range(len(dataset)), "validation loss"):
-            inputs = self._prepare_inputs(batch)
-            targets = supervised_targets(inputs.pop("labels"), inputs["logits_to_keep"])
-            logits = self.model(**inputs, use_cache=False).logits
-            total[0] += supervised_loss(logits, targets, 1)
-            total[1] += (targets != IGNORED).sum()
+        collate = replace(self.data_collator, round_up=False) if self.args.flatten else self.eval_collator
+        if self._head is not None:
+            self.model.get_output_embeddings().train()  # the loss is computed from its input, as in training
+        for batch in self._my_share(dataset, range(len(dataset)), "validation loss", collate):
+            inputs = self._counted(self._prepare_inputs(batch))
+            total[1] += (inputs["labels"][:, 1:] != IGNORED).sum()
+            total[0] += self._loss(self.model, inputs, 1)[0]
         loss_sum, num_tokens = self.accelerator.reduce(total, reduction="sum").tolist()
         return loss_sum / num_tokens
 
@@ -318,7 +322,7 @@ class FormulaTrainer(Trainer):
         mine: list[Generated] = []
         # Sharded parameters (FSDP, ZeRO-3) are gathered in every forward: all ranks must generate equally long.
         sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        batches = self._my_share(_Prompts(dataset), rows, "generation")
+        batches = self._my_share(_Prompts(dataset), rows, "generation", self.eval_collator)
         with nullcontext() if sharded else decoder_for(self.model, self.generation) as decoder:
             # loaded in small batches, so that workers share the work, and decoded in large ones
             at_once = max(1, self.args.generate_batch_size // self.args.per_device_eval_batch_size) if decoder else 1
@@ -334,13 +338,13 @@ class FormulaTrainer(Trainer):
             pairs = [pair for part in gathered for pair in part]
         return dict(pairs)
 
-    def _my_share(self, dataset: Any, rows: Sequence[int], description: str) -> Iterator[Any]:
+    def _my_share(self, dataset: Any, rows: Sequence[int], description: str, collate: Collate) -> Iterator[Any]:
         """Batches of this rank's rows; as many on every rank. A stop signal leaves a checkpoint and raises."""
         loader = DataLoader(
             dataset,
             sampler=share_of(list(rows), self.args.process_index, self.args.world_size),
             batch_size=self.args.per_device_eval_batch_size,
-            collate_fn=self.eval_collator,
+            collate_fn=collate,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=outlive_stop_signals,
             generator=torch.Generator(),  # the global one belongs to training: resumed runs must repeat it
