@@ -57,7 +57,7 @@ def test_both_readmes_have_the_same_commands_and_python():
     assert english == chinese
     assert len(english) >= 20
     assert {words[1] for words in english if words[0] == "latexocr"} == {
-        "data2csv", "csv2json", "preview", "train", "evaluate", "score", "predict", "merge",
+        "data2csv", "csv2json", "preview", "plan", "train", "evaluate", "score", "predict", "merge",
     }  # fmt: skip
     for language in ("python", "yaml"):
         assert blocks(READMES[0], language) == blocks(READMES[1], language)
@@ -71,7 +71,7 @@ def test_every_latexocr_command_parses(monkeypatch):
     seen = []
     for _, verb, *argv in (words for words in commands(READMES[0]) if words[0] == "latexocr"):
         module, function, _ = VERBS[verb]
-        if verb == "train":
+        if verb in ("train", "plan"):
             train_options(argv, monkeypatch)
         else:
             parser_for(verb, getattr(importlib.import_module(module), function)).parse_args(argv)
@@ -93,10 +93,11 @@ def test_every_flag_in_the_text_exists():
             parser = parser_for(verb, getattr(importlib.import_module(module), function))
             known |= {name.lstrip("-") for action in parser._actions for name in action.option_strings}
     launcher = {"host", "port", "config_file", "num_processes", "machine_rank", "main_process_ip"}
+    benchmarks = {"batches", "size"}
     for readme in READMES:
         found = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(readme)))
         assert len(found) > 20
-        assert found - known - launcher == set(), readme
+        assert found - known - launcher - benchmarks == set(), readme
 
 
 def test_launch_commands_name_files_that_exist(monkeypatch):
