@@ -57,7 +57,7 @@ CHINESE = {
     "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)": (
         "编译解码层和视觉层（默认：bfloat16 且权重未切分时）"
     ),
-    "loss without holding all logits (default: weights not sharded)": "不保存全部 logits 的 loss（默认：权重未切分时）",
+    "loss without holding all logits (default: weights not sharded)": "不保存全部 logits 的 loss（默认：权重未切分）",
     "adapters in kernels of our own (default: where layers are compiled)": "适配器用自己的内核（默认：编译各层时）",
     "replay steps as CUDA graphs (default: with fused_lora)": "以 CUDA graph 重放训练步（默认：与 fused_lora 一起）",
     "hide NaN losses; looking for them stalls the GPU at every step": "隐藏 NaN loss；逐步检查会拖慢 GPU",
