@@ -131,6 +131,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.fused_lora = self.compile_layers and on_gpu and runs_kernels(self.lora_r)
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.fused_lora and self.flatten
+        self._check_fast(on_gpu, sharded)
         if self.accelerator_config is None and on_gpu:
             self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
         if self.fused_lora and self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
@@ -178,6 +179,16 @@ class TrainConfig(TrainOptions, TrainingArguments):
     def by_budget(self) -> bool:
         """Whether a budget of tokens or patches, not a number of samples, says how large a micro-batch is."""
         return self.max_tokens_per_batch is not None or self.max_patches_per_batch is not None
+
+    def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
+        """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""
+        if self.fused_lora and on_gpu and not (self.bf16 and runs_kernels(self.lora_r)):
+            raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64, ...; leave it out")
+        if self.cuda_graphs and not (on_gpu and self.flatten and self.fused_lora):
+            raise InputError("cuda_graphs needs a GPU, flatten and fused_lora; leave it out")
+        for name in ("fused_loss", "fused_lora", "cuda_graphs"):
+            if getattr(self, name) and sharded:
+                raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

@@ -167,11 +167,12 @@ class FormulaTrainer(Trainer):
         self._gradients.attach()
         inputs = self._counted(self._prepare_inputs(inputs))
         loss = self._graphs(inputs, num_items_in_batch)
-        if self.args.world_size > 1:
-            if self.accelerator.sync_gradients:
-                torch.distributed.all_reduce(self._gradients.flat)
-            loss = loss * self.args.world_size  # logged losses are averaged over the ranks
-        return loss
+        if self.args.world_size > 1 and self.accelerator.sync_gradients:
+            torch.distributed.all_reduce(self._gradients.flat)
+            if not self.args.average_tokens_across_devices:
+                self._gradients.flat /= self.args.world_size
+        # logged losses are averaged over the ranks
+        return loss * self.args.world_size if self.args.average_tokens_across_devices else loss
 
     def _host_free(self) -> bool:
         """Whether the model never asks the host for a shape: towers that read grids do."""

@@ -8,6 +8,7 @@ from conftest import MODEL_TYPES
 from peft.tuners.lora import Linear as LoraLinear
 
 from latexocr.collate import FlattenedCollator, rounded
+from latexocr.errors import InputError
 from latexocr.lora import FusedLora, FusedLoras, keep_mask
 from latexocr.loss import head_loss, supervised_loss
 from latexocr.modeling import add_lora, load_base
@@ -35,6 +36,29 @@ def test_fused_equals_stock(model_type, tiny_models, config, tmp_path):
             assert [row[key] for row in found[name]] == pytest.approx(
                 [row[key] for row in found["stock"]], rel=tolerance
             ), (name, key)
+
+
+def test_resumed_equals_uninterrupted(config, tmp_path):
+    """With dropout: its masks depend on the step, not on what was drawn before."""
+    options = {"fused_lora": True, "lora_r": 16, "lora_dropout": 0.2, "save_strategy": "steps", "save_steps": 2}
+    whole, parts = str(tmp_path / "whole"), str(tmp_path / "parts")
+    train(config(output_dir=whole, max_steps=4, **options))
+    train(config(output_dir=parts, max_steps=4, **options))
+    (tmp_path / "parts/metrics.jsonl").unlink()
+    train(
+        config(output_dir=parts, max_steps=4, resume_from_checkpoint=str(tmp_path / "parts/checkpoint-2"), **options)
+    )
+    wanted, found = ([row["loss"] for row in read_metrics(tmp_path / name / "metrics.jsonl") if "loss" in row]
+                     for name in ("whole", "parts"))  # fmt: skip
+    assert len(wanted) == 4 and found == wanted[2:]
+
+
+def test_what_cannot_be_had_is_refused(config, monkeypatch):
+    with pytest.raises(InputError, match="cuda_graphs needs a GPU"):
+        config(cuda_graphs=True)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(InputError, match="fused_lora needs weights that are not sharded"):
+        config(fused_lora=True)
 
 
 def fused_and_stock(tiny, config, dropout: float = 0.0):
