@@ -65,8 +65,9 @@ def settings(ocr: LatexOCR, batch: dict[str, torch.Tensor], max_new_tokens: int)
 
 @pytest.mark.parametrize("lora", [False, True])
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_ids_equal_stock_generate(model_type, lora, tiny_models):
+def test_ids_equal_stock_generate(model_type, lora, tiny_models, monkeypatch):
     """Images of many sizes, so prompts of many lengths; rows end at different times and are dropped."""
+    monkeypatch.setattr(decoding, "CHECK_EVERY", 2)
     ocr = reader(tiny_models[model_type], lora=lora)
     batch = prompts(ocr, IMAGES)
     assert len(set(batch["attention_mask"].sum(1).tolist())) > 2
@@ -90,17 +91,17 @@ def test_ids_do_not_depend_on_how_memory_is_cut(adapted, monkeypatch):
     batch = prompts(adapted, IMAGES)
     config = settings(adapted, batch, 40)
     wanted = stock(adapted, batch, config)
-    monkeypatch.setattr(decoding, "LENGTH_STEP", 11)
+    monkeypatch.setattr(decoding, "LENGTH_STEP", 7)
     monkeypatch.setattr(decoding, "PREFILL_PATCHES", 1)
     monkeypatch.setattr(decoding, "CHECK_EVERY", 3)
     monkeypatch.setattr(Decoder, "_rows_that_fit", lambda self, length: 4)
     with decoder_for(adapted.model, config) as decoder:
         assert decoder([batch]) == wanted
         assert decoder._cache.max_rows == 4
-        assert [decoder._capacity_for(length) for length in (10, 11, 175, 176)] == [11, 22, 176, 209]
-        assert batch["input_ids"].shape[1] == 163
+        assert [decoder._capacity_for(length) for length in (6, 7, 111, 112)] == [7, 14, 112, 154]
+        assert batch["input_ids"].shape[1] == 111
         shapes = set(decoder._graphs)
-        assert {capacity for _, capacity in shapes} == {176, 209} and len({rows for rows, _ in shapes}) > 2
+        assert {capacity for _, capacity in shapes} == {112, 154} and len({rows for rows, _ in shapes}) > 2
 
 
 def test_everything_is_put_back(adapted):

@@ -68,7 +68,7 @@ def test_a_signal_during_validation(tiny, records, tmp_path):
     """Validation can be long: the checkpoint is written at once, not after it."""
     arguments = command(tiny, records, tmp_path, "--val_json", str(records["train"]), "--eval_strategy", "steps",
                         "--eval_steps", "2", "--per_device_eval_batch_size", "1", "--max_new_tokens", "512",
-                        "--eval_generate_samples", "24")  # fmt: skip
+                        "--eval_generate_samples", "24", "--generate_batch_size", "1")  # fmt: skip
     process = run_until(2, arguments, tmp_path)
     time.sleep(1.0)  # inside the first validation, which takes tens of seconds
     process.send_signal(signal.SIGTERM)
