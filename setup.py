@@ -41,6 +41,7 @@ setup(
             "tensorboard>=2.18",
             "pytest>=8",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "playwright>=1.50",
             "ruff>=0.9",
         ],

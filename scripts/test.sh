@@ -6,8 +6,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 prepare_environment dev
 cd "$ROOT"
 export OMP_WAIT_POLICY=PASSIVE # see latexocr/cli.py
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # a process for each core instead
 command -v chromium >/dev/null 2>&1 || [ -n "${CHROMIUM:-}" ] ||
     echo "no chromium found: the dashboard's browser tests will be skipped (on Debian: apt-get install chromium)"
 "$VENV/bin/ruff" check --quiet .
 "$VENV/bin/ruff" format --check --quiet .
-exec "$VENV/bin/python" -m pytest "$@"
+exec "$VENV/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
