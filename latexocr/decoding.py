@@ -166,8 +166,8 @@ class Decoder:
     def _rows_that_fit(self, length: int) -> int:
         if self._device.type != "cuda":
             return 2**31
+        torch.cuda.empty_cache()  # what is reserved after it belongs to others, to the graphs of training say
         free, _ = torch.cuda.mem_get_info(self._device)
-        free += torch.cuda.memory_reserved(self._device) - torch.cuda.memory_allocated(self._device)
         return max(1, int(free * MEMORY_SHARE) // KeyValues.row_bytes(self._inner, length))
 
     def _allocate(self, rows: int, length: int) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 logger = logging.getLogger(__name__)
+ROOM = 0.9  # share of the memory that training may take, graphs included
 MAX_GRAPHS = 64  # each holds some ten megabytes of launch parameters
 
 Compute = Callable[[dict[str, Any], torch.Tensor], torch.Tensor]
@@ -70,6 +71,12 @@ class StepGraphs:
         return loss.detach()
 
     def _capture(self, key: tuple, inputs: dict[str, Any], num_items: torch.Tensor) -> None:
+        base, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        total = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+        if 2 * peak - base > ROOM * total:  # the graphs' memory is kept apart from that of other steps
+            self._works = False
+            logger.warning("no more steps are captured as CUDA graphs: memory is short")
+            return
         try:
             self._graphs[key] = _Graph(self._compute, inputs, num_items, self._pool)
         except RuntimeError as error:

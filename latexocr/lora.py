@@ -28,6 +28,7 @@ ADAPTER = "default"
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 BITS = 16  # of randomness that decide about one element
 HALF = 64  # columns that far apart share one hash value: a kernel handles them together
+RANKS = (16, 32, 64, 128)  # powers of two; tiles of larger ones do not fit into a GPU's shared memory
 GOLDEN, MASK32 = 0x9E3779B1, 0xFFFFFFFF
 
 
@@ -207,6 +208,7 @@ class LoraGroup(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One output a layer, from their input (..., in)."""
+        x = x.to(self.weight.dtype)  # autocast computes layer norms in float32
         *outputs, _ = torch.ops.latexocr.lora_linear(
             x.flatten(0, -2), self.weight, self.bias, self.down, self.a, self.b, self.seeds, self.threshold,
             self.factor,
@@ -243,12 +245,14 @@ class FusedLoras:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        self._groups = [LoraGroup(layers) for layers in _layers_by_input(model)]
+        fused = [module.group[0] for module in model.modules() if type(module) is FusedLora and module.place == 0]
+        new = _layers_by_input(model)
+        self._groups = [*fused, *(LoraGroup(layers) for layers in new)]
         sizes = [len(group.seeds) for group in self._groups]
         self._seeds = torch.zeros(sum(sizes), dtype=torch.long, device=self._groups[0].seeds.device)
         for group, seeds in zip(self._groups, self._seeds.split(sizes), strict=True):
             group.seeds = seeds
-        for layers, group in zip(_layers_by_input(model), self._groups, strict=True):
+        for layers, group in zip(new, self._groups[len(fused) :], strict=True):
             for place, layer in enumerate(layers):
                 layer.group, layer.place, layer.__class__ = (group,), place, FusedLora
         self._places = list(itertools.chain.from_iterable(group.places() for group in self._groups))
@@ -268,8 +272,8 @@ class FusedLoras:
 
 
 def runs_kernels(rank: int) -> bool:
-    """Whether the GPU kernels are to be had: Triton is there, and the rank is a power of two from 16 on."""
-    return importlib.util.find_spec("triton") is not None and rank >= 16 and rank & (rank - 1) == 0
+    """Whether the GPU kernels are to be had: Triton is there, and the rank is one that their tiles are made for."""
+    return importlib.util.find_spec("triton") is not None and rank in RANKS
 
 
 def _layers_by_input(model: torch.nn.Module) -> list[list[LoraLinear]]:

@@ -33,7 +33,7 @@ def supervised_loss(
         num_items_in_batch: supervised tokens of all micro-batches and ranks of this optimiser step.
     """
     total = cross_entropy(logits.float().flatten(0, 1), targets, ignore_index=IGNORED, reduction="sum")
-    return total / num_items_in_batch
+    return total / torch.as_tensor(num_items_in_batch).clamp(min=1)  # a rank's share of a last step can be empty
 
 
 def cross_entropy_in_place(
@@ -67,7 +67,8 @@ class _HeadLoss(torch.autograd.Function):
             part = slice(start, start + rows)
             logits = linear(hidden[part], weight)
             total += cross_entropy_in_place(logits, targets[part], scale).sum()
-            torch.mm(logits, weight, out=grad[part])
+            if ctx.needs_input_grad[0]:
+                torch.mm(logits, weight, out=grad[part])
         ctx.save_for_backward(grad)
         return total * scale
 
@@ -87,7 +88,7 @@ def head_loss(
         targets: (batch * columns,), see `supervised_targets`.
         num_items_in_batch: as in `supervised_loss`.
     """
-    scale = 1.0 / torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device)
+    scale = 1.0 / torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device).clamp(min=1)
     return _HeadLoss.apply(hidden.flatten(0, 1), weight, targets, scale)
 
 
@@ -104,6 +105,8 @@ class LossHead(torch.nn.Linear):
 def detach_head(model: Any) -> torch.Tensor | None:
     """Turn the output layer of `model` into a `LossHead` and return its weight; None where that is not possible."""
     head = model.get_output_embeddings()
+    if type(head) is LossHead:  # a second trainer on the same model
+        return head.weight
     if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
         return None
     head.__class__ = LossHead

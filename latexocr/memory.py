@@ -19,11 +19,12 @@ class OutOfMemory(InputError):
 
 
 @contextmanager
-def explain_out_of_memory(batch: dict[str, Any]) -> Iterator[None]:
+def explain_out_of_memory(batch: dict[str, Any], *, by_budget: bool = False) -> Iterator[None]:
     """Turn torch's out-of-memory error, which speaks of allocators, into one line about the batch.
 
     Args:
         batch: what the collator made, padded or flattened.
+        by_budget: micro-batches are filled up to a number of tokens or patches.
 
     Raises:
         OutOfMemory: torch ran out of memory inside.
@@ -31,7 +32,9 @@ def explain_out_of_memory(batch: dict[str, Any]) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise OutOfMemory(f"out of memory with {describe(batch)}{_used()}; {_remedy(len(lengths(batch)))}") from error
+        raise OutOfMemory(
+            f"out of memory with {describe(batch)}{_used()}; {_remedy(len(lengths(batch)), by_budget)}"
+        ) from error
 
 
 def lengths(batch: dict[str, Any]) -> list[int]:
@@ -60,7 +63,12 @@ def _used() -> str:
     return f", {peak_gib(torch.device('cuda')):.1f} GiB of {total_gib(torch.device('cuda')):.1f} used"
 
 
-def _remedy(num_samples: int) -> str:
+def _remedy(num_samples: int, by_budget: bool) -> str:
+    if num_samples > 1 and by_budget:
+        return (
+            "halve --max_tokens_per_batch and --max_patches_per_batch and double --gradient_accumulation_steps, or add "
+            "--gradient_checkpointing true"
+        )
     if num_samples > 1:
         return (
             "halve --per_device_train_batch_size and double --gradient_accumulation_steps (the same result), or add "
@@ -73,9 +81,9 @@ def _remedy(num_samples: int) -> str:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory in use so far: tensors on a GPU, the whole process on a CPU."""
+    """Most memory taken so far: on a GPU with what CUDA graphs and fragments hold, on a CPU by the whole process."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB
+        return torch.cuda.max_memory_reserved(device) / GIB
     import resource  # not there on Windows
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB

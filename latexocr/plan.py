@@ -17,7 +17,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -36,7 +36,8 @@ logger = logging.getLogger(__name__)
 FULL = 0.9  # share of the memory above which a training is not safe: later batches fragment it
 WORTH_IT = 1.05  # smaller gains are noise
 ROOMY = 0.8  # a larger batch is tried when it should need less than this share
-WARM_UP, MEASURED = 3, 10  # typical steps
+WARM_UP, MEASURED = 4, 10  # typical steps
+DIFFERENT = 2  # typical steps, taken in turn: each is captured as a CUDA graph before measuring begins
 MOST_SECONDS = 60  # measuring ends after this, however few steps were done
 
 Shape = tuple[int | None, int, bool]  # samples a device and micro-batch, micro-batches a step, checkpointing
@@ -358,6 +359,9 @@ def _quiet(config: TrainConfig, folder: str, shape: Shape) -> TrainConfig:
     batch_size, options.gradient_accumulation_steps, options.gradient_checkpointing = shape
     if batch_size is not None:
         options.per_device_train_batch_size = batch_size
+    if options.fused_lora and options.gradient_checkpointing:
+        options.gradient_checkpointing_kwargs = {"use_reentrant": False, "preserve_rng_state": False}
+    options.cache_vision_features = False  # its pass over all images is not what is planned for
     options.output_dir, options.report_to, options.disable_tqdm = folder, [], True
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
         setattr(options, name, type(getattr(options, name))("no"))
@@ -393,12 +397,16 @@ def _micro_batches(options: TrainConfig, data: Data) -> tuple[list[list[int]], l
     """The worst ones as whole steps, twice, and typical ones: rows drawn at random, or as the budget fills them."""
     accumulated = options.gradient_accumulation_steps
     worst = [batch for batch in _worst(options, data) for _ in range(accumulated)]
-    num_typical = (WARM_UP + MEASURED) * accumulated
+    num_typical, different = (WARM_UP + MEASURED) * accumulated, DIFFERENT * accumulated
     if data.batches is not None:
-        return [*worst, *worst], list(itertools.islice(itertools.cycle(data.batches), num_typical))
+        return [*worst, *worst], _repeated(itertools.islice(data.batches, different), num_typical)
     draw, rows = random.Random(options.seed), range(len(data.training.counts))
     batch_size = options.per_device_train_batch_size
-    return [*worst, *worst], [draw.choices(rows, k=batch_size) for _ in range(num_typical)]
+    return [*worst, *worst], _repeated((draw.choices(rows, k=batch_size) for _ in range(different)), num_typical)
+
+
+def _repeated(batches: Iterable[list[int]], number: int) -> list[list[int]]:
+    return list(itertools.islice(itertools.cycle(batches), number))
 
 
 def _worst(config: TrainConfig, data: Data) -> list[list[int]]:

@@ -122,7 +122,9 @@ class TrainConfig(TrainOptions, TrainingArguments):
             )
         if self.by_budget and not self.flatten:
             raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
-        sharded = any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+        sharded = bool(self.fsdp or self.deepspeed) or any(
+            os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")
+        )
         if self.compile_layers is None:
             self.compile_layers = self.bf16 and self.flatten and on_gpu and not sharded
         if self.fused_loss is None:
@@ -161,8 +163,9 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError(
                 f"metric_for_best_model {self.metric_for_best_model!r} needs eval_generate_samples above 0"
             )
-        unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False}
-        hints = {"torch_compile": "; compile_layers compiles"}
+        unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False,
+                  "auto_find_batch_size": False}  # fmt: skip
+        hints = {"torch_compile": "; compile_layers compiles", "auto_find_batch_size": "; latexocr plan finds one"}
         if self.by_budget:
             unused["per_device_train_batch_size"] = TrainOptions.per_device_train_batch_size
             hints["per_device_train_batch_size"] = "; the budget says how large a batch is"
@@ -183,7 +186,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
     def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
         """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""
         if self.fused_lora and on_gpu and not (self.bf16 and runs_kernels(self.lora_r)):
-            raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64, ...; leave it out")
+            raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
         if self.cuda_graphs and not (on_gpu and self.flatten and self.fused_lora):
             raise InputError("cuda_graphs needs a GPU, flatten and fused_lora; leave it out")
         for name in ("fused_loss", "fused_lora", "cuda_graphs"):
@@ -369,8 +372,13 @@ def build_trainer(
     callbacks: Sequence[TrainerCallback] = (),
 ) -> FormulaTrainer:
     """The trainer over `data`, ready to train; nothing is written yet."""
-    processor = data.preprocessor.processor
-    padded = FormulaCollator(tokenizer=processor.tokenizer, family=data.preprocessor.family)
+    processor, family = data.preprocessor.processor, data.preprocessor.family
+    if config.cuda_graphs and not (family.grid_free or (config.cache_vision_features and not family.deepstack)):
+        logger.info(
+            f"steps are not captured as CUDA graphs: the vision tower of {family.name} asks the host for sizes"
+        )
+        config.cuda_graphs = False
+    padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
     return FormulaTrainer(
         model=model,
         args=config,

@@ -82,7 +82,10 @@ class FormulaTrainer(Trainer):
         self._head = detach_head(self.model) if self.args.fused_loss else None
         self._loras = FusedLoras(self.model) if self.args.fused_lora else None
         self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
-        self._graphs = StepGraphs(self._captured_loss) if self.args.cuda_graphs and self._host_free() else None
+        self._graphs = StepGraphs(self._captured_loss) if self.args.cuda_graphs else None
+        if self._graphs:
+            # Not wrapped in DDP, whose hooks hold on to the graph's nodes: one all-reduce follows the replay.
+            self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._gradients: GradientBuffer | None = None
         self._micro_batch = 0
         if self.args.flatten:
@@ -152,7 +155,7 @@ class FormulaTrainer(Trainer):
 
     def training_step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None) -> torch.Tensor:
         """Forward and backward of one micro-batch; replayed as a CUDA graph where that is possible."""
-        with explain_out_of_memory(inputs):
+        with explain_out_of_memory(inputs, by_budget=self.args.by_budget):
             return self._step(model, inputs, num_items_in_batch)
 
     def _step(self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any) -> torch.Tensor:
@@ -164,6 +167,8 @@ class FormulaTrainer(Trainer):
         if self._gradients is None:
             self.model.train()  # once: it goes through thousands of modules
             self._gradients = GradientBuffer([p for p in self.model.parameters() if p.requires_grad])
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()  # schedule-free optimisers
         self._gradients.attach()
         inputs = self._counted(self._prepare_inputs(inputs))
         loss = self._graphs(inputs, num_items_in_batch)
@@ -173,11 +178,6 @@ class FormulaTrainer(Trainer):
                 self._gradients.flat /= self.args.world_size
         # logged losses are averaged over the ranks
         return loss * self.args.world_size if self.args.average_tokens_across_devices else loss
-
-    def _host_free(self) -> bool:
-        """Whether the model never asks the host for a shape: towers that read grids do."""
-        family = self.train_dataset.preprocessor.family
-        return family.grid_free or (self.args.cache_vision_features and not family.deepstack)
 
     def _dropout_seed(self) -> int:
         """Another one for every micro-batch and rank of the run; the same again when the run is resumed."""
@@ -246,6 +246,7 @@ class FormulaTrainer(Trainer):
             logs["waiting_for_data"] = round(self._waited / seconds, 4)  # share of the time, main process
             if self.args.device.type == "cuda":
                 logs["peak_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
+                logs["reserved_memory_gib"] = round(torch.cuda.max_memory_reserved() / 2**30, 3)
             self._restart_meter()
         super().log(logs, start_time)
 
