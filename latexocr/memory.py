@@ -66,8 +66,8 @@ def _used() -> str:
 def _remedy(num_samples: int, by_budget: bool) -> str:
     if num_samples > 1 and by_budget:
         return (
-            "halve --max_tokens_per_batch and --max_patches_per_batch and double --gradient_accumulation_steps, or add "
-            "--gradient_checkpointing true"
+            "halve --max_tokens_per_batch and --max_patches_per_batch and double --gradient_accumulation_steps, or "
+            "add --gradient_checkpointing true"
         )
     if num_samples > 1:
         return (

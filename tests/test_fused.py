@@ -10,7 +10,7 @@ from peft.tuners.lora import Linear as LoraLinear
 from latexocr.collate import FlattenedCollator, rounded
 from latexocr.errors import InputError
 from latexocr.lora import FusedLora, FusedLoras, keep_mask
-from latexocr.loss import head_loss, supervised_loss
+from latexocr.loss import detach_head, head_loss, supervised_loss
 from latexocr.modeling import add_lora, load_base
 from latexocr.records import read_records
 from latexocr.tracking import read_metrics
@@ -57,8 +57,12 @@ def test_what_cannot_be_had_is_refused(config, monkeypatch):
     with pytest.raises(InputError, match="cuda_graphs needs a GPU"):
         config(cuda_graphs=True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert config().fused_loss is False
     with pytest.raises(InputError, match="fused_lora needs weights that are not sharded"):
         config(fused_lora=True)
+    monkeypatch.delenv("ACCELERATE_USE_FSDP")
+    with pytest.raises(InputError, match="fused_loss needs weights that are not sharded"):
+        config(fused_loss=True, fsdp="full_shard")
 
 
 def fused_and_stock(tiny, config, dropout: float = 0.0):
@@ -143,6 +147,23 @@ def test_dropout_in_forward_and_backward_is_one_mask(tiny, config):
         assert torch.allclose(ours, plain, rtol=1e-4, atol=1e-5)
 
 
+def test_float32_input_of_a_16_bit_layer(tiny, config):
+    """What autocast hands to vision layers after a layer norm; peft casts it too."""
+    _, model, _ = fused_and_stock(tiny, config)
+    model.bfloat16()
+    loras = FusedLoras(model)
+    loras.prepare()
+    layer = next(module for module in model.modules() if isinstance(module, FusedLora)).train()
+    assert layer(torch.randn(3, 128)).dtype == torch.bfloat16
+
+
+def test_a_second_trainer_on_one_model(tiny, config):
+    _, model, _ = fused_and_stock(tiny, config)
+    first, second = FusedLoras(model), FusedLoras(model)
+    assert [id(group) for group in second._groups] == [id(group) for group in first._groups]
+    assert detach_head(model) is detach_head(model) is not None
+
+
 def test_masks_have_the_right_share_and_differ():
     seeds = torch.tensor([1, 2])
     first, second = (keep_mask(1000, 256, seed, round(0.05 * 2**16)) for seed in seeds)
@@ -167,6 +188,13 @@ def test_head_loss_equals_loss_over_logits(monkeypatch):
     (wanted * 3).backward()
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6)
     assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+def test_a_batch_without_supervised_tokens_costs_nothing():
+    hidden, weight = torch.randn(1, 2, 6), torch.randn(10, 6)
+    nothing = torch.tensor([-100, -100])
+    assert head_loss(hidden, weight, nothing, 0).item() == 0
+    assert supervised_loss(hidden @ weight.T, nothing, 0).item() == 0
 
 
 def test_rounded_wastes_at_most_a_sixteenth():
