@@ -64,8 +64,8 @@ class FlattenedCollator(FormulaCollator):
 
     Positions and boundaries are computed here, on the CPU in a worker, so that the step never waits for the GPU to
     say where an image begins. `text_cu_seqlens` and `image_cu_seqlens` (sequences + 1,) are boundaries in tokens and
-    patches; `position_ids` (3, 1, length) restart in every sample. `image_grid_thw` is a tuple, because the host reads
-    it.
+    patches; `position_ids` (3, 1, length) restart in every sample. `image_grid_thw` is a tuple
+    where only its size is read, by the host; families whose vision tower reads the grids get them as a tensor.
 
     With `round_up` the row is filled up with one more sequence, unsupervised and without pictures, so that few shapes
     occur: a shape can be captured as a CUDA graph.
@@ -116,18 +116,15 @@ class FlattenedCollator(FormulaCollator):
         pixel_values = joined([feature["pixel_values"] for feature in features])
         positions = torch.cat([_patch_positions(tuple(row), self.merge_size) for row in grids.tolist()])
         patches = (grids[:, 1] * grids[:, 2]).tolist()
-        grid: Any = grids
-        if self.family.grid_free:
-            grid = ((1, self.merge_size, len(pixel_values) // self.merge_size),)  # only its size is read
         if self.round_up and self.family.grid_free:
             extra = rounded(len(pixel_values)) - len(pixel_values)
             patches.append(extra)
             pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(extra, *pixel_values.shape[1:])])
             positions = pad(positions, (0, 0, 0, extra))
-            grid = ((1, self.merge_size, len(pixel_values) // self.merge_size),)
+        only_size_is_read = ((1, self.merge_size, len(pixel_values) // self.merge_size),)
         return {
             "pixel_values": pixel_values,
-            "image_grid_thw": grid,
+            "image_grid_thw": only_size_is_read if self.family.grid_free else grids,
             "image_position_ids": positions,
             "image_cu_seqlens": _boundaries(patches),
             "image_max_seqlen": bucketed(max(patches)),

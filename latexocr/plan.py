@@ -275,7 +275,7 @@ def advise(trials: Sequence[Trial], total: float, training: Selection, config: T
 
 def describe(counts: Sequence[TokenCounts], data: Data) -> str:
     """A batch in numbers, from its records' lengths."""
-    patches = sum(count.image for count in counts) * _patches_per_token(data)
+    patches = sum(count.image for count in counts) * data.preprocessor.patches_per_token
     return (
         f"{len(counts)} samples, {sum(count.total for count in counts):,} language tokens (longest record "
         f"{max(count.total for count in counts):,}), {patches:,} patches"
@@ -356,11 +356,10 @@ def _trial(config: TrainConfig, data: Data, shape: Shape) -> Trial:
 def _quiet(config: TrainConfig, folder: str, shape: Shape) -> TrainConfig:
     """The configuration with another batch, writing and showing nothing."""
     options = copy.copy(config)
-    batch_size, options.gradient_accumulation_steps, options.gradient_checkpointing = shape
+    batch_size, options.gradient_accumulation_steps, checkpointing = shape
+    options.set_checkpointing(checkpointing)
     if batch_size is not None:
         options.per_device_train_batch_size = batch_size
-    if options.fused_lora and options.gradient_checkpointing:
-        options.gradient_checkpointing_kwargs = {"use_reentrant": False, "preserve_rng_state": False}
     options.cache_vision_features = False  # its pass over all images is not what is planned for
     options.output_dir, options.report_to, options.disable_tqdm = folder, [], True
     for name in ("eval_strategy", "save_strategy", "logging_strategy"):
@@ -414,8 +413,5 @@ def _worst(config: TrainConfig, data: Data) -> list[list[int]]:
     if not config.by_budget:
         return worst_batches(counts, config.per_device_train_batch_size)
     max_tokens, max_patches = config.max_tokens_per_batch or math.inf, config.max_patches_per_batch or math.inf
-    return worst_batches(counts, None, max_tokens=max_tokens, max_image_tokens=max_patches / _patches_per_token(data))
-
-
-def _patches_per_token(data: Data) -> int:
-    return data.preprocessor.processor.image_processor.merge_size**2
+    max_image_tokens = max_patches / data.preprocessor.patches_per_token
+    return worst_batches(counts, None, max_tokens=max_tokens, max_image_tokens=max_image_tokens)

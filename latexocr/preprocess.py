@@ -146,7 +146,7 @@ class Preprocessor:
 
     def _prompt(self, grid_thw: torch.Tensor) -> dict[str, np.ndarray]:
         """What a token has, in numpy, where short arrays cost less than in torch."""
-        num_tokens = int(grid_thw.prod()) // self.processor.image_processor.merge_size**2
+        num_tokens = int(grid_thw.prod()) // self.patches_per_token
         before, after = self._prompt_halves
         input_ids = np.concatenate([before, np.full(num_tokens, self.processor.image_token_id), after])
         return {
@@ -193,6 +193,11 @@ class Preprocessor:
         answers = self.answers([record.text for record in records], [record.where for record in records])
         lengths = np.array([image, [len(answer) for answer in answers]], np.int32)
         return TokenTable(self.prompt_length, *lengths)
+
+    @property
+    def patches_per_token(self) -> int:
+        """Vision patches that are merged into one image token."""
+        return self.processor.image_processor.merge_size**2
 
     @property
     def prompt_length(self) -> int:

@@ -136,10 +136,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         self._check_fast(on_gpu, sharded)
         if self.accelerator_config is None and on_gpu:
             self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
-        if self.fused_lora and self.gradient_checkpointing and self.gradient_checkpointing_kwargs is None:
-            # no random state to restore: dropout masks are a function of the seed
-            self.gradient_checkpointing_kwargs = {"use_reentrant": False, "preserve_rng_state": False}
         super().__post_init__()
+        self.set_checkpointing(bool(self.gradient_checkpointing))
         if self.n_gpu > 1:
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
             self._n_gpu = 1  # Trainer would fall back to nn.DataParallel, which is slow and splits our batches wrongly
@@ -182,6 +180,15 @@ class TrainConfig(TrainOptions, TrainingArguments):
     def by_budget(self) -> bool:
         """Whether a budget of tokens or patches, not a number of samples, says how large a micro-batch is."""
         return self.max_tokens_per_batch is not None or self.max_patches_per_batch is not None
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Gradient checkpointing, under each name that it has: transformers 5.23 reads `activation_checkpointing`."""
+        known = {item.name for item in fields(self)}
+        for name in known & {"gradient_checkpointing", "activation_checkpointing"}:
+            setattr(self, name, on)
+            if on and self.fused_lora and getattr(self, f"{name}_kwargs") is None:
+                # no random state to restore: dropout masks are a function of the seed
+                setattr(self, f"{name}_kwargs", {"use_reentrant": False, "preserve_rng_state": False})
 
     def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
         """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""
@@ -332,7 +339,7 @@ def load_data(config: TrainConfig) -> Data:
     base_folder, preprocessor = load_preprocessor(config)
     training = _select(config, config.train_json, preprocessor)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
-    batches = _batches_by_budget(config, training, preprocessor.processor)
+    batches = _batches_by_budget(config, training, preprocessor)
     return Data(base_folder, preprocessor, training, validation, batches)
 
 
@@ -601,12 +608,12 @@ def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: 
     )
 
 
-def _batches_by_budget(config: TrainConfig, training: Selection, processor: Any) -> BudgetSampler | None:
+def _batches_by_budget(config: TrainConfig, training: Selection, preprocessor: Preprocessor) -> BudgetSampler | None:
     if not config.by_budget:
         return None
     return BudgetSampler(
         training,
-        patches_per_token=processor.image_processor.merge_size**2,
+        patches_per_token=preprocessor.patches_per_token,
         max_tokens=config.max_tokens_per_batch,
         max_patches=config.max_patches_per_batch,
         rank=config.process_index,

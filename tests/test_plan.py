@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from latexocr.errors import InputError
 from latexocr.memory import OutOfMemory, explain_out_of_memory
 from latexocr.plan import Trial, advise, plan, roomier, smaller, worst_batches
 from latexocr.preprocess import Selection, TokenTable
-from latexocr.train import load_data
+from latexocr.train import TrainConfig, load_data
 from latexocr.trainer import FormulaTrainer
 
 FITS = Trial(4, 4, False, base_gib=4.0, peak_gib=6.0, seconds_per_step=0.4, samples_per_second=40.0)
@@ -214,3 +214,14 @@ def test_training_that_runs_out_of_memory_ends_in_one_line(config, monkeypatch):
     monkeypatch.setattr(FormulaTrainer, "compute_loss", no_room)
     with pytest.raises(OutOfMemory, match="out of memory with 2 samples"):
         train(config())
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_a_trial_checkpoints_as_its_shape_says(on, config, tmp_path):
+    """Under the name that Trainer reads, which transformers 5.23 changed; the given configuration stays."""
+    given = config(fused_lora=True, lora_r=16, gradient_checkpointing=not on)
+    tried = planning._quiet(given, str(tmp_path), (2, 1, on))
+    names = {item.name for item in fields(TrainConfig)} & {"gradient_checkpointing", "activation_checkpointing"}
+    assert [(getattr(tried, name), getattr(given, name)) for name in names] == [(on, not on)] * len(names)
+    if on:
+        assert all(getattr(tried, f"{name}_kwargs")["preserve_rng_state"] is False for name in names)
