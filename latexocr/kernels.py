@@ -1,4 +1,4 @@
-"""Triton kernels of the training step: LoRA with its dropout, and cross-entropy over a large vocabulary.
+"""Triton kernels of the training step: LoRA with its dropout, norms, gates and positions, and cross-entropy.
 
 Why our own: dropout before an adapter makes a copy of every layer's input, and the adapter's thin products read and
 write it again; together that costs half as much time as the frozen layer itself. Here a mask is a function of seed and
@@ -6,6 +6,12 @@ position, so it is never stored, and each tensor is read once. Importing this mo
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 import triton
@@ -33,23 +39,10 @@ def _keep(tile, bits, threshold):
     return tl.where(bits >= threshold, tile, 0.0).to(tile.dtype)
 
 
-@triton.jit
-def _gated(gate, up):
-    activated = gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))
-    return (activated.to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
-
-
-@triton.jit
-def _gate_grads(grad, gate, up):
-    """Gradients of gate and up, all in float32."""
-    open_share = tl.sigmoid(gate)
-    return grad * up * open_share * (1 + gate * (1 - open_share)), grad * gate * open_share
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["adapters", "threshold"])
 def _down_kernel(
-    x, up, x_stride, a, seeds, out, sums, num_rows, num_columns, columns_a_part, threshold, adapters,
-    GATED: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
+    x, x_stride, a, seeds, out, sums, num_rows, num_columns, columns_a_part, threshold, adapters,
+    RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BM
     part, adapter = tl.program_id(1), tl.program_id(2)
@@ -57,7 +50,6 @@ def _down_kernel(
     inside = first + rows < num_rows
     out_stride = num_columns + adapters * RANK
     x += first.to(tl.int64) * x_stride
-    up += first.to(tl.int64) * x_stride
     out += first.to(tl.int64) * out_stride
     hash_rows = (first + rows) * (tl.cdiv(num_columns, 2 * HALF) * HALF)
     key = tl.load(seeds + adapter)
@@ -68,9 +60,6 @@ def _down_kernel(
         in_left, in_right = inside & (left < num_columns), inside & (right < num_columns)
         tile_left = tl.load(x + rows * x_stride + left, mask=in_left, other=0.0)
         tile_right = tl.load(x + rows * x_stride + right, mask=in_right, other=0.0)
-        if GATED:
-            tile_left = _gated(tile_left, tl.load(up + rows * x_stride + left, mask=in_left, other=0.0))
-            tile_right = _gated(tile_right, tl.load(up + rows * x_stride + right, mask=in_right, other=0.0))
         along = start + tl.arange(0, HALF)[:, None]
         weights = a + (adapter * RANK + ranks[None, :]) * num_columns + along
         a_left = tl.load(weights, mask=along < num_columns, other=0.0)
@@ -87,7 +76,7 @@ def _down_kernel(
     tl.store(sums + target, total, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_parts"])
 def _sum_kernel(sums, out, num_rows, num_columns, num_parts, factor, width, BM: tl.constexpr):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     lane = tl.arange(0, 64)[None, :]
@@ -100,7 +89,7 @@ def _sum_kernel(sums, out, num_rows, num_columns, num_parts, factor, width, BM: 
         tl.store(target, (total * factor).to(out.dtype.element_ty), mask=valid)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["adapters", "threshold"])
 def _grad_a_kernel(
     x, grad_down, seeds, out, num_rows, num_columns, rows_a_part, threshold, factor, adapters,
     RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
@@ -136,23 +125,23 @@ def _grad_a_kernel(
     tl.store(target + right, sum_right * factor, mask=right < num_columns)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["threshold"])
 def _grad_x_kernel(
-    grad, a, seeds, out, gate, up, out_up, num_rows, num_columns, threshold, factor, adapters,
-    GATED: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
+    grad, a, seeds, out, num_rows, num_columns, threshold, factor, ADAPTERS: tl.constexpr,
+    RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     first, start = tl.program_id(0) * BM, tl.program_id(1) * 2 * HALF
     rows, ranks, lane = tl.arange(0, BM)[:, None], tl.arange(0, RANK), tl.arange(0, HALF)[None, :]
     left, right = start + lane, start + HALF + lane
     inside = first + rows < num_rows
     in_left, in_right = inside & (left < num_columns), inside & (right < num_columns)
-    stride = num_columns + adapters * RANK
+    stride = num_columns + ADAPTERS * RANK
     grad += first.to(tl.int64) * stride
     out += first.to(tl.int64) * num_columns
     hash_rows = (first + rows) * (tl.cdiv(num_columns, 2 * HALF) * HALF)
     total_left = tl.load(grad + rows * stride + left, mask=in_left, other=0.0).to(tl.float32)
     total_right = tl.load(grad + rows * stride + right, mask=in_right, other=0.0).to(tl.float32)
-    for adapter in range(adapters):
+    for adapter in tl.static_range(ADAPTERS):
         grads = tl.load(grad + rows * stride + num_columns + adapter * RANK + ranks[None, :], mask=inside, other=0.0)
         weights = a + (adapter * RANK + ranks[:, None]) * num_columns
         through_left = tl.dot(grads, tl.load(weights + left, mask=left < num_columns, other=0.0))
@@ -163,24 +152,11 @@ def _grad_x_kernel(
             through_right = _keep(through_right, bits_right, threshold)
         total_left += through_left * factor
         total_right += through_right * factor
-    place_left, place_right = rows * num_columns + left, rows * num_columns + right
-    if GATED:
-        shift = first.to(tl.int64) * num_columns
-        gates = tl.load(gate + shift + place_left, mask=in_left, other=0.0).to(tl.float32)
-        ups = tl.load(up + shift + place_left, mask=in_left, other=0.0).to(tl.float32)
-        total_left, grad_up = _gate_grads(total_left, gates, ups)
-        tl.store(out_up + shift + place_left, grad_up.to(out.dtype.element_ty), mask=in_left)
-        gates = tl.load(gate + shift + place_right, mask=in_right, other=0.0).to(tl.float32)
-        ups = tl.load(up + shift + place_right, mask=in_right, other=0.0).to(tl.float32)
-        total_right, grad_up = _gate_grads(total_right, gates, ups)
-        tl.store(out_up + shift + place_right, grad_up.to(out.dtype.element_ty), mask=in_right)
-    tl.store(out + place_left, total_left.to(out.dtype.element_ty), mask=in_left)
-    tl.store(out + place_right, total_right.to(out.dtype.element_ty), mask=in_right)
+    tl.store(out + rows * num_columns + left, total_left.to(out.dtype.element_ty), mask=in_left)
+    tl.store(out + rows * num_columns + right, total_right.to(out.dtype.element_ty), mask=in_right)
 
 
-def lora_down(
-    x: torch.Tensor, up: torch.Tensor | None, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
-) -> torch.Tensor:
+def lora_down(x: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float) -> torch.Tensor:
     """See `latexocr.lora.lora_down`."""
     (num_rows, num_columns), width, adapters = x.shape, a.shape[0], len(seeds)
     height = 32
@@ -190,8 +166,8 @@ def lora_down(
     out = x.new_empty(num_rows, num_columns + width)
     sums = torch.empty(parts, num_rows, width, dtype=torch.float32, device=x.device)
     _down_kernel[(strips, parts, adapters)](
-        x, x if up is None else up, x.stride(0), a, seeds, out, sums, num_rows, num_columns, tiles_a_part * 2 * HALF,
-        threshold, adapters, GATED=up is not None, RANK=width // adapters, DROPOUT=threshold > 0, BM=height, HALF=HALF,
+        x, x.stride(0), a, seeds, out, sums, num_rows, num_columns, tiles_a_part * 2 * HALF, threshold, adapters,
+        RANK=width // adapters, DROPOUT=threshold > 0, BM=height, HALF=HALF,
         num_warps=4, num_stages=3,
     )  # fmt: skip
     _sum_kernel[(triton.cdiv(num_rows, 16),)](sums, out, num_rows, num_columns, parts, factor, width, BM=16)
@@ -216,20 +192,17 @@ def lora_grad_a(
 
 
 def lora_grad_x(
-    grad: torch.Tensor, gates: tuple[torch.Tensor, torch.Tensor] | None, a: torch.Tensor, seeds: torch.Tensor,
-    threshold: int, factor: float,
-) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    grad: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
+) -> torch.Tensor:
     """See `latexocr.lora.lora_grad_x`."""
     width, adapters = a.shape[0], len(seeds)
     num_rows, num_columns = grad.shape[0], grad.shape[1] - width
     out = grad.new_empty(num_rows, num_columns)
-    out_up = None if gates is None else torch.empty_like(out)
     _grad_x_kernel[(triton.cdiv(num_rows, 64), triton.cdiv(num_columns, 2 * HALF))](
-        grad, a, seeds, out, *((out, out, out) if gates is None else (*gates, out_up)), num_rows, num_columns,
-        threshold, factor, adapters, GATED=gates is not None, RANK=width // adapters, DROPOUT=threshold > 0, BM=64,
-        HALF=HALF, num_warps=8,
+        grad, a, seeds, out, num_rows, num_columns, threshold, factor,
+        ADAPTERS=adapters, RANK=width // adapters, DROPOUT=threshold > 0, BM=64, HALF=HALF, num_warps=8,
     )  # fmt: skip
-    return out, out_up
+    return out
 
 
 @triton.jit
@@ -374,9 +347,10 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
 def _swiglu_kernel(gate, up, y, num_elements, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < num_elements
-    gates = tl.load(gate + places, mask=inside, other=0.0)
-    ups = tl.load(up + places, mask=inside, other=0.0)
-    tl.store(y + places, _gated(gates, ups), mask=inside)
+    gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+    activated = (gates * tl.sigmoid(gates)).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(y + places, (activated * ups).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -386,9 +360,10 @@ def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, num_elements, BL
     grads = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
     gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
     ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
-    grads_gate, grads_up = _gate_grads(grads, gates, ups)
-    tl.store(grad_gate + places, grads_gate.to(grad_gate.dtype.element_ty), mask=inside)
-    tl.store(grad_up + places, grads_up.to(grad_up.dtype.element_ty), mask=inside)
+    open_share = tl.sigmoid(gates)
+    slope = open_share * (1 + gates * (1 - open_share))
+    tl.store(grad_gate + places, (grads * ups * slope).to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + places, (grads * gates * open_share).to(grad_up.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
@@ -442,13 +417,14 @@ def quick_gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return grad_x
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_heads"])
 def _rotate_kernel(
     x, cos, sin, y, row_stride, head_stride, num_heads, half, BACKWARD: tl.constexpr, HEADS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
-    heads, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    heads = tl.program_id(1) * HEADS + tl.arange(0, HEADS)[:, None]
+    lane = tl.arange(0, BLOCK)[None, :]
     inside, in_row = (heads < num_heads) & (lane < half), lane < half
     source = x + row * row_stride + heads * head_stride + lane
     left = tl.load(source, mask=inside, other=0.0).to(tl.float32)
@@ -477,8 +453,70 @@ def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backward: b
     ):
         x = x.contiguous()
     y = x.new_empty(x.shape)
-    _rotate_kernel[(y.numel() // (num_heads * head_dim),)](
-        x, cos, sin, y, x.stride(-3), x.stride(-2), num_heads, head_dim // 2, BACKWARD=backward,
-        HEADS=triton.next_power_of_2(num_heads), BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=4,
+    _rotate_kernel[(y.numel() // (num_heads * head_dim), triton.cdiv(num_heads, 16))](
+        x, cos, sin, y, x.stride(-3), x.stride(-2), num_heads, head_dim // 2, BACKWARD=backward, HEADS=16,
+        BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=4,
     )  # fmt: skip
     return y
+
+
+@contextmanager
+def compiled_meanwhile(rank: int, dropout: bool, dtype: torch.dtype) -> Iterator[None]:
+    """Compile the kernels of a training in threads, while the block does something else; they are ready at its end.
+
+    Why: the first time in an environment each takes about a second; after that they come from Triton's cache.
+
+    Args:
+        rank: of the adapters.
+        dropout: whether they have any.
+        dtype: of the weights.
+    """
+    tasks = _rehearsals(rank, dropout, dtype, torch.cuda.current_device())
+    with ThreadPoolExecutor(len(tasks)) as threads:
+        running = [threads.submit(task) for task in tasks]
+        yield
+        for task in running:
+            task.result()
+
+
+def _rehearsals(rank: int, dropout: bool, dtype: torch.dtype, device: int) -> list[Callable[[], None]]:
+    """Every kernel once on small tensors, each by one task only: what Triton keeps for a kernel is not locked."""
+    new = partial(torch.zeros, dtype=dtype, device=device)
+    plain = partial(torch.zeros, device=device)
+    threshold, rows, columns = 3 * dropout, 32, 128
+    one, both, grads = new(rows, columns), new(rows, columns + rank), new(rows, columns)
+
+    def seeds(adapters: int = 1) -> torch.Tensor:
+        return plain(adapters, dtype=torch.long)
+
+    def grad_x() -> None:
+        for adapters in (1, 2, 3):
+            width = adapters * rank
+            lora_grad_x(new(rows, columns + width), new(width, columns), seeds(adapters), threshold, 1.0)
+
+    def elementwise() -> None:
+        swiglu_backward(grads, one, swiglu(one, one))
+        quick_gelu(one)
+        Copies([new(rows, columns)], [plain(rows, columns)])()
+        cross_entropy_in_place(one, plain(rows, dtype=torch.long), plain(()), -100)
+
+    def norms() -> None:
+        y, scales = rms_norm(one, new(columns), 1e-6)
+        rms_norm_backward(grads, y, new(columns), scales)
+
+    def rotations() -> None:
+        heads = new(rows, 1, columns)
+        rotate(heads, plain(rows, columns), plain(rows, columns), backward=False)  # of the vision tower
+        for backward in (False, True):
+            rotate(heads, one, one, backward=backward)
+
+    def on_device(task: Callable[[], Any]) -> None:
+        with torch.cuda.device(device):
+            task()
+
+    tasks = (
+        lambda: lora_down(one, new(rank, columns), seeds(), threshold, 1.0),
+        lambda: lora_grad_a(both, both[:, columns:], seeds(), threshold, 1.0),
+        grad_x, elementwise, norms, rotations,
+    )  # fmt: skip
+    return [partial(on_device, task) for task in tasks]

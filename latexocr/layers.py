@@ -101,10 +101,7 @@ class FusedGatedMlp(_Fused):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not lora.takes(x):
             return super().forward(x)
-        gate, up = self.gate_proj(x), self.up_proj(x)
-        if self.training and type(self.down_proj) is lora.FusedLora:
-            return self.down_proj.gated(gate, up)
-        return self.down_proj(_SwiGLU.apply(gate, up))
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
 
 
 class FusedQuickGELU(_Fused):

@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -349,13 +349,14 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel, Contract]:
     family = data.preprocessor.family
     set_seed(config.seed)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    model.generation_config = greedy_config(data.preprocessor.processor, family)
-    model.generation_config.max_new_tokens = config.max_new_tokens
-    model = add_lora(
-        model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-    )  # fmt: skip
+    with _kernels_compiled(config, dtype):
+        model = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        model.generation_config = greedy_config(data.preprocessor.processor, family)
+        model.generation_config.max_new_tokens = config.max_new_tokens
+        model = add_lora(
+            model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+        )  # fmt: skip
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
@@ -367,6 +368,14 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel, Contract]:
         training={"train_records": len(data.training.records), "dropped": len(data.training.dropped)},
     )
     return model, contract
+
+
+def _kernels_compiled(config: TrainConfig, dtype: torch.dtype) -> AbstractContextManager:
+    if not (config.fused_lora and config.device.type == "cuda"):
+        return nullcontext()
+    from latexocr import kernels
+
+    return kernels.compiled_meanwhile(config.lora_r, config.lora_dropout > 0, dtype)
 
 
 def build_trainer(
