@@ -55,6 +55,9 @@ class StepGraphs:
         self._seen: set[tuple] = set()
         self._graphs: dict[tuple, _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
+        # All on one stream: nodes that accumulate gradients remember the stream they were made on, and checkpointing
+        # can keep them from one micro-batch to the next; a capture must not meet those of another stream.
+        self._stream = torch.cuda.Stream()
         self._works = True
 
     def __call__(self, inputs: dict[str, Any], num_items: torch.Tensor) -> torch.Tensor:
@@ -68,8 +71,11 @@ class StepGraphs:
         self._seen.add(key)
         if key in self._graphs:
             return self._graphs[key].replay(inputs, num_items)
-        loss = self._compute(inputs, num_items)
-        loss.backward()
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            loss = self._compute(inputs, num_items)
+            loss.backward()
+        torch.cuda.current_stream().wait_stream(self._stream)
         return loss.detach()
 
     def _capture(self, key: tuple, inputs: dict[str, Any], num_items: torch.Tensor) -> None:
@@ -80,27 +86,30 @@ class StepGraphs:
             logger.warning("no more steps are captured as CUDA graphs: memory is short")
             return
         try:
-            self._graphs[key] = _Graph(self._compute, inputs, num_items, self._pool)
+            self._graphs[key] = _Graph(self._compute, inputs, num_items, self._pool, self._stream)
         except RuntimeError as error:
             torch.cuda.synchronize()
+            reason = str(error).split("\n")[0]
             if key not in self._seen:
+                logger.debug(f"not captured at once: {reason}")
                 return
             self._works = False
-            reason = str(error).split("\n")[0]
             logger.warning(f"steps are not captured as CUDA graphs ({reason}); small batches train slower")
 
 
 class _Graph:
     """One captured shape."""
 
-    def __init__(self, compute: Compute, inputs: dict[str, Any], num_items: torch.Tensor, pool: Any) -> None:
+    def __init__(
+        self, compute: Compute, inputs: dict[str, Any], num_items: torch.Tensor, pool: Any, stream: torch.cuda.Stream
+    ) -> None:
         self._inputs = {
             name: value.clone() if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
         }
         self._num_items = num_items.clone()
         self._graph = torch.cuda.CUDAGraph()
         # thread_local: the loader's pinning thread goes on meanwhile
-        with torch.cuda.graph(self._graph, pool=pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(self._graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             loss = compute(self._inputs, self._num_items)
             loss.backward()
             self._loss = loss.detach()
