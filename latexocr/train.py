@@ -187,9 +187,13 @@ class TrainConfig(TrainOptions, TrainingArguments):
         known = {item.name for item in fields(self)}
         for name in known & {"gradient_checkpointing", "activation_checkpointing"}:
             setattr(self, name, on)
-            if on and self.fused_lora and getattr(self, f"{name}_kwargs") is None:
-                # no random state to restore: dropout masks are a function of the seed
-                setattr(self, f"{name}_kwargs", {"use_reentrant": False, "preserve_rng_state": False})
+            if on:
+                given = getattr(self, f"{name}_kwargs") or {}
+                if given.get("use_reentrant"):
+                    raise InputError("use_reentrant: true would train no adapter of the vision tower; leave it out")
+                # no random state to restore with fused_lora: dropout masks are a function of the seed
+                kept = {"preserve_rng_state": False} if self.fused_lora else {}
+                setattr(self, f"{name}_kwargs", {**kept, **given, "use_reentrant": False})
 
     def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
         """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""

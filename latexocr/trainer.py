@@ -39,7 +39,7 @@ from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
 from latexocr.metrics import score
-from latexocr.modeling import trusted_placeholders
+from latexocr.modeling import inner_model, trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
@@ -105,6 +105,7 @@ class FormulaTrainer(Trainer):
         self._restart_meter()
         self.add_callback(stop)
         self.add_callback(_Repeatable(self))
+        self.add_callback(_NoInputGradients(self))
 
     # training
 
@@ -442,6 +443,17 @@ class _Repeatable(TrainerCallback):
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.trainer._sampler.epoch = int((state.epoch or 0) + 1e-6)
+
+
+class _NoInputGradients(TrainerCallback):
+    """Undoes what transformers does for reentrant checkpointing: embeddings and patches that require gradients. A
+    frozen vision tower would be differentiated for nothing, in a fifth of the time, and no step could be captured."""
+
+    def __init__(self, trainer: FormulaTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        inner_model(self.trainer.model).disable_input_require_grads()
 
 
 class _Prompts(torch.utils.data.Dataset):

@@ -15,6 +15,7 @@ from latexocr.modeling import add_lora, load_base
 from latexocr.records import read_records
 from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
+from latexocr.trainer import FormulaTrainer
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -38,6 +39,24 @@ def test_fused_equals_stock(model_type, tiny_models, config, tmp_path):
             ), (name, key)
 
 
+@pytest.mark.parametrize("components", [["language"], ["language", "vision"]])
+def test_a_frozen_tower_is_not_differentiated(components, config, monkeypatch, tmp_path):
+    """transformers makes its patches require gradients when it checkpoints."""
+    seen = []
+    whole = FormulaTrainer._loss
+
+    def watched(self, model, inputs, num_items):
+        (tower,) = [part for name, part in self.model.named_modules() if name.endswith(".visual.blocks.0")]
+        hook = tower.register_forward_hook(lambda module, given, output: seen.append(output.requires_grad))
+        found = whole(self, model, inputs, num_items)
+        hook.remove()
+        return found
+
+    monkeypatch.setattr(FormulaTrainer, "_loss", watched)
+    train(config(gradient_checkpointing=True, lora_components=components, output_dir=str(tmp_path), max_steps=1))
+    assert seen and set(seen) == {"vision" in components}
+
+
 def test_resumed_equals_uninterrupted(config, tmp_path):
     """With dropout: its masks depend on the step, not on what was drawn before."""
     options = {"fused_lora": True, "lora_r": 16, "lora_dropout": 0.2, "save_strategy": "steps", "save_steps": 2}
@@ -54,6 +73,8 @@ def test_resumed_equals_uninterrupted(config, tmp_path):
 
 
 def test_what_cannot_be_had_is_refused(config, monkeypatch):
+    with pytest.raises(InputError, match="use_reentrant"):
+        config(gradient_checkpointing=True, gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(InputError, match="cuda_graphs needs a GPU"):
         config(cuda_graphs=True)
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
