@@ -13,6 +13,7 @@ LAYERS = (
     {"latexocr", "errors"},
     {
         "sandbox",
+        "dvi",
         "pictures",
         "sources",
         "metrics",
@@ -24,8 +25,8 @@ LAYERS = (
         "graphs",
         "memory",
     },
-    {"images", "render", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
-    {"contract", "attention", "lora"},
+    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
+    {"render", "contract", "attention", "lora"},
     {"modeling", "preprocess"},
     {"collate", "build", "loss", "sampling", "vision_cache"},
     {"decoding"},
