@@ -79,9 +79,7 @@ FONT_SWITCHES = {
 }
 # Groups by another name: the class they give an atom shows in the space around it only.
 CLASSES = frozenset(_commands("mathrel mathbin mathord mathopen mathclose mathpunct mathinner"))
-ACCENTS = frozenset(
-    _commands("hat tilde bar vec dot ddot dddot check breve acute grave mathring widehat widetilde")
-)
+ACCENTS = frozenset(_commands("hat tilde bar vec dot ddot dddot check breve acute grave mathring widehat widetilde"))
 _LONG_ACCENTS = _commands(
     """
     overline overbrace underbrace overrightarrow overleftarrow overleftrightarrow underrightarrow underleftarrow
@@ -126,7 +124,8 @@ ARGUMENTS: dict[str, str] = {
 # when a script is attached to it: TeX unpacks a group of one ordinary character, and the others are boxes.
 SOLID = frozenset(
     [
-        *_GREEK, *_LETTERS, *_NAMES, *ACCENTS, *_FRACTIONS, *_STACKS, *TEXTS, *BIG, *(FONTS - {r"\boldsymbol", r"\bm"}),
+        *_GREEK, *_LETTERS, *_NAMES, *ACCENTS, *_FRACTIONS, *_STACKS, *TEXTS, *BIG,
+        *(FONTS - {r"\boldsymbol", r"\bm"}),
         *_commands("sqrt overline underline underset boxed smash operatorname xrightarrow xleftarrow left"),
     ]
 )  # fmt: skip
@@ -143,11 +142,11 @@ FENCED = {
 }
 # Rows of a derivation: the columns are places to align at.
 ALIGNED = frozenset(
-    """
-    align align* aligned split gather gather* gathered multline multline* multlined eqnarray eqnarray*
-    alignat alignat* alignedat flalign flalign*
-    """.split()
-)
+    [
+        "align", "align*", "aligned", "alignat", "alignat*", "alignedat", "flalign", "flalign*", "split", "gather",
+        "gather*", "gathered", "multline", "multline*", "multlined", "eqnarray", "eqnarray*",
+    ]
+)  # fmt: skip
 DISPLAYS = frozenset(["equation", "equation*", "displaymath", "math"])
 # Level 2: tables that are a matrix but for sizes and space, with the delimiters they print.
 LENIENT_TABLES = {
@@ -155,11 +154,11 @@ LENIENT_TABLES = {
     "cases": (r"\{", ""),
     "dcases": (r"\{", ""),
     "rcases": ("", r"\}"),
-    **dict.fromkeys(ALIGNED, ("", "")),
+    **dict.fromkeys(["matrix", *ALIGNED], ("", "")),
 }
 # Arguments of \begin{...}; an environment that is not here may have any.
 ENVIRONMENTS: dict[str, str] = {
-    **dict.fromkeys(["matrix", *FENCED, *LENIENT_TABLES, *DISPLAYS], ""),
+    **dict.fromkeys([*FENCED, *LENIENT_TABLES, *DISPLAYS], ""),
     **dict.fromkeys(["aligned", "gathered", "multlined"], "o"),
     **dict.fromkeys(["alignat", "alignat*"], "r"),
     **dict.fromkeys(["array", "tabular", "alignedat"], "or"),
