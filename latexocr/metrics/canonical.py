@@ -226,24 +226,26 @@ class _Parser:
 
     def _runs(self, stop: str, *, font: str = "", after_unknown: int = 0) -> _List:
         r"""Atoms up to `stop` or the end of the cell; `font` is the switch in force, `\bf a \rm b` has two runs."""
-        run = self._run(stop, after_unknown)
-        if self.tokens[self.position] not in tex.FONT_SWITCHES and not font:
-            self.font = font
-            return run
-        out, num_atoms, is_scoped = [], 0, False
+        runs = []
         while True:
+            run = self._run(stop, after_unknown)
+            is_last = self.tokens[self.position] not in tex.FONT_SWITCHES
             if font and run.tokens:
+                if run.is_scoped and not run.is_grouped and not is_last:
+                    raise _MalformedError  # a switch of style or colour would end with the font
                 run = self._letters(font, run.tokens)
-            out += run.braced()
-            num_atoms += run.num_atoms
-            is_scoped = is_scoped or run.is_scoped
-            if self.tokens[self.position] not in tex.FONT_SWITCHES:
+            if run.tokens:
+                runs.append(run)
+            if is_last:
                 break
-            font = tex.FONT_SWITCHES[self.tokens[self.position]]
+            font, after_unknown = tex.FONT_SWITCHES[self.tokens[self.position]], 0
             self.position += 1
-            run = self._run(stop)
         self.font = font
-        return _List(out, num_atoms, is_scoped)
+        if len(runs) == 1:
+            return runs[0]
+        tokens = [token for run in runs for token in run.braced()]
+        is_scoped = any(run.is_scoped and not run.is_grouped for run in runs)
+        return _List(tokens, sum(run.num_atoms for run in runs), is_scoped)
 
     def _run(self, stop: str, after_unknown: int = 0) -> _List:
         """Atoms in one font.
@@ -259,15 +261,17 @@ class _Parser:
                     out += ["{", "}"]
                     num_atoms += 1
                 num_atoms += self._scripts(out)
-                base, after_unknown = token, 0
+                base, after_unknown = "", 0
                 continue
             if self._has_no_effect(token, base):
                 self.position += 1
                 base = base if token in tex.LIMITS or token in tex.DROPPED else ""
                 continue
             part = self._element(token)
-            if after_unknown and part.tokens in (["["], ["*"]) and part.tokens != [token]:
-                part = _List(["{", *part.tokens, "}"])  # a synonym for a bracket opens no option
+            if after_unknown and token == "*":
+                part = _List(["*"])
+            elif after_unknown and part.tokens == ["["] != [token]:
+                part = _List(["{", "[", "}"])  # what only prints a bracket opens no option
             after_unknown = _after_unknown(after_unknown, token)
             keeps_braces = part.is_grouped and (
                 part.is_scoped
@@ -280,7 +284,8 @@ class _Parser:
             out += part.tokens
             num_atoms += part.num_atoms
             is_scoped = is_scoped or token in tex.SCOPED
-            base = "" if token in tex.NO_BASE or token in _HOLLOW or not part.tokens else part.tokens[0]
+            is_base = part.tokens and token not in _HOLLOW and tex.NO_BASE.isdisjoint([token, part.tokens[-1]])
+            base = part.tokens[0] if is_base else ""
         if lone_group and num_atoms == 1:  # {{\color{red}x}} is {\color{red}x}
             return _List(out[1:-1], 2, is_scoped=True, is_grouped=True)
         return _List(out, num_atoms, is_scoped)
@@ -302,8 +307,8 @@ class _Parser:
     def _scripts(self, out: list[str]) -> int:
         """Read all scripts of a base and write them in order; `x''^2` has one superscript of three atoms."""
         sub: list[str] | None = None
-        sup: list[str] | None = None
-        has_caret = False
+        sup: list[str] = []
+        has_sup = has_caret = False
         style = self.style
         while (script := _SCRIPTS.get(self.tokens[self.position])) is not None:
             self.position += 1
@@ -312,15 +317,13 @@ class _Parser:
             self.style = _STYLE_OF[script](style)
             if script == "_":
                 sub = self._argument().tokens
-            elif script == "^":
-                sup = [*(sup or []), *self._argument().tokens]
-                has_caret = True
-            else:
-                sup = [*(sup or []), r"\prime"]
+                continue
+            sup += [r"\prime"] if script == "'" else self._argument().tokens
+            has_sup, has_caret = True, script == "^"
         self.style = style
         if sub is not None:
             out += ["_", "{", *sub, "}"]
-        if sup is not None:
+        if has_sup:
             out += ["^", "{", *sup, "}"]
         return 1
 
@@ -571,8 +574,8 @@ def _joined(cells: list[tuple[list[str], _List]]) -> list[str]:
 
 
 def _guarded(cell: _List, source: str) -> _List:
-    r"""Keep a bracket or star from being taken for the option of the `\\` or \begin before the cell."""
-    if cell.tokens[:1] in (["["], ["*"]) and source != cell.tokens[0]:
+    r"""Keep a bracket from opening the option of the `\\` or \begin before the cell, if it did not in the source."""
+    if cell.tokens[:1] == ["["] and source != "[":
         return cell._replace(tokens=["{", "}", *cell.tokens])
     return cell
 

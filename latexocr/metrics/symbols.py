@@ -211,12 +211,12 @@ LENGTHS = frozenset(_commands("hskip kern mkern mskip"))  # spaces whose length 
 NO_BASE = SPACES | {r"\hline", *SCOPED, *SEPARATORS}
 
 
-# Print the same glyphs, up to horizontal space, in every style and with every script.
+# Print the same glyphs, up to horizontal space, in every style and with every script; the commoner one comes second.
 SYNONYMS = _pairs(
     r"""
-    \le \leq  \ge \geq  \ne \neq  \to \rightarrow  \gets \leftarrow  \land \wedge  \lor \vee  \lnot \neg
+    \le \leq  \ge \geq  \ne \neq  \rightarrow \to  \gets \leftarrow  \land \wedge  \lor \vee  \lnot \neg
     \owns \ni  \lbrack [  \rbrack ]  \lbrace \{  \rbrace \}  \vert |  \lvert |  \rvert |  \mid |
-    \Vert \|  \lVert \|  \rVert \|  \parallel \|  \ast *  \colon :  \setminus \backslash  \perp \bot
+    \Vert \|  \lVert \|  \rVert \|  \parallel \|  * \ast  \colon :  \backslash \setminus  \bot \perp
     \Box \square  \Diamond \lozenge  \leadsto \rightsquigarrow
     \dasharrow \dashrightarrow  \cdotp \cdot  \ldotp .  \slash /  \iff \Longleftrightarrow
     \implies \Longrightarrow  \impliedby \Longleftarrow  \bm \boldsymbol  \hdots \ldots  \dotsc \ldots
@@ -230,7 +230,7 @@ SYNONYMS |= {rf"{size}{side}": size for size in _commands("big Big bigg Bigg") f
 # As above, but a script stands elsewhere.
 BARE_SYNONYMS = _pairs(r"\dag \dagger  \ddag \ddagger")
 # A delimiter after \left, \right, \big, ...
-DELIMITERS = SYNONYMS | _pairs(r"< \langle  > \rangle")
+DELIMITERS = SYNONYMS | _pairs(r"< \langle  > \rangle  \backslash \backslash")
 # Command that prints as another one in one style: the command, the style.
 STYLED = {
     r"\dfrac": (r"\frac", DISPLAY_STYLE),
