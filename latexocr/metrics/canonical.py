@@ -68,6 +68,9 @@ def normalize(latex: str, level: int = 1) -> str:
     Braces stay where they print something or may: around a script's base of several atoms, around switches
     such as `\color`, and after a command that `latexocr.metrics.symbols` does not know.
 
+    The form is for comparing. Blanks carry no meaning in it, so words that LaTeX wants in one piece (a length in
+    `\hspace`, a colour) are written letter by letter, as the data sets do.
+
     Idempotent at every level. Malformed LaTeX (see `is_formula`) does not raise: levels 1 and 2 then give the
     text of level 0. Time is linear in the text's length.
 
@@ -260,7 +263,8 @@ class _Parser:
                 if not base:
                     out += ["{", "}"]
                     num_atoms += 1
-                num_atoms += self._scripts(out)
+                self._scripts(out)
+                num_atoms += 1
                 base, after_unknown = "", 0
                 continue
             if self._has_no_effect(token, base):
@@ -304,7 +308,7 @@ class _Parser:
             return r"\limits" if self.style < tex.TEXT_STYLE else r"\nolimits"
         return r"\nolimits" if base in tex.INTEGRALS else ""
 
-    def _scripts(self, out: list[str]) -> int:
+    def _scripts(self, out: list[str]) -> None:
         """Read all scripts of a base and write them in order; `x''^2` has one superscript of three atoms."""
         sub: list[str] | None = None
         sup: list[str] = []
@@ -325,7 +329,6 @@ class _Parser:
             out += ["_", "{", *sub, "}"]
         if has_sup:
             out += ["^", "{", *sup, "}"]
-        return 1
 
     def _element(self, token: str) -> _List:
         """One atom, or a group or command with all that belongs to it."""
