@@ -36,6 +36,7 @@ CAUSES = {
     r"\\hfill": "horizontal space only: a row moves sideways over the fraction of the row below",
     r"\\!": "horizontal space only: glyphs overlap, so that their order is undefined",
     r"\\wide(?:tilde|hat)": "level 2: another size of the accent",
+    r"(?:c ){11}": "level 2: a matrix of more than 10 columns needs amsmath's MaxMatrixCols",
 }
 DELIMITERS = {("cmr", code) for code in b"()[]/"} | {("cmsy", code) for code in b"fghijkbcdelmn"} | {("cmmi", 61)}
 
