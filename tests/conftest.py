@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,11 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # silences a warning i
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+
+
+requires_tex = pytest.mark.skipif(
+    not (shutil.which("latex") and shutil.which("dvipng")), reason="needs the programs latex and dvipng"
+)
 
 
 @pytest.fixture(scope="session")

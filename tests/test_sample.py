@@ -13,8 +13,7 @@ from PIL import Image, ImageChops
 
 from latexocr.errors import InputError
 from latexocr.metrics import normalize
-from latexocr.metrics.canonical import level1
-from latexocr.metrics.tokens import level0
+from latexocr.metrics.canonical import is_formula
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "data" / "sample"
@@ -44,7 +43,7 @@ def test_it_is_small():
 
 def test_texts_are_distinct_well_formed_and_short():
     assert len({normalize(row["text"]) for row in ROWS}) == 400
-    assert all(level1(level0(row["text"])) for row in ROWS)
+    assert all(is_formula(row["text"]) for row in ROWS)
     lengths = [len(row["text"].split()) for row in ROWS]
     assert (min(lengths), max(lengths)) == (1, 25)
 
