@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import time
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from PIL import Image
 from latexocr import dvi
 from latexocr.errors import InputError
 from latexocr.metrics.glyphs import same_picture
-from latexocr.render import MAX_CHARACTERS, Rendering, draw, engine_available, render, render_pngs
+from latexocr.render import Rendering, draw, engine_available, render, render_pngs
 
 FINE = [r"\frac{a}{b}", r"\sqrt{x^2}", r"\alpha+\beta", r"\sum_{i=1}^{n}i", r"\left(\frac12\right)", "x_i", r"f'", "y"]
 
@@ -78,15 +79,14 @@ def test_order_repetition_and_errors():
 
 @requires_tex
 def test_a_character_that_the_font_lacks_is_an_error():
-    assert render([r"\mathscr{h}"])[0].error.startswith("Missing character") or "rsfs" in render([r"\mathscr{h}"])[0].error
-    assert render(["中"])[0].error is not None
+    script, chinese = render([r"\mathscr{h}", "中"])
+    assert "Missing character" in script.error and "Unicode character" in chinese.error
 
 
-READS = [r"\input{/etc/passwd}", r"\input /etc/passwd ", r"\openin5=/etc/passwd \read5 to\x \x", r"\include{/etc/passwd}"]
 HOSTILE = {
-    "reads a file": READS[0],
-    "reads a file, primitive": READS[1],
-    "reads a file, stream": READS[2],
+    "reads a file": r"\input{/etc/passwd}",
+    "reads a file, primitive": r"\input /etc/passwd ",
+    "reads a file, stream": r"\openin5=/etc/passwd \read5 to\x \x",
     "reads through ^^": r"^^5cinput{/etc/passwd}",
     "reads through csname": r"\csname input\endcsname{/etc/passwd}",
     "reads itself": r"\input{\jobname}",
@@ -142,6 +142,7 @@ def clean() -> list[Rendering]:
 def test_a_hostile_formula_costs_only_itself(text, clean, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
+    text = text.replace("PROOF", str(tmp_path / "proof"))
     rendered = render([*FINE[:4], text, *FINE[4:]], seconds=2.0)
     assert time.monotonic() - started < 20
     assert rendered[:4] + rendered[5:] == clean
@@ -158,19 +159,17 @@ def test_a_formula_cannot_change_the_others(text, clean):
     assert all(one.error is None for one in rendered[9:])
 
 
+@pytest.mark.slow
 @requires_tex
 def test_all_hostile_formulas_at_once(clean):
     rendered = render([*FINE, *HOSTILE.values(), *POISON.values()], seconds=2.0)
     assert rendered[: len(FINE)] == clean
 
 
+@pytest.mark.slow
 @requires_tex
 def test_an_unknown_poison_is_noticed_and_cut_out(clean, monkeypatch):
     """With the list of dangerous words emptied, everything shares one process, and the probes must tell."""
-    import re
-
-    from latexocr import render as _  # noqa: F401  (the module, not the function)
-
     monkeypatch.setattr("latexocr.render._PROGRAM", re.compile("(?!)"))
     for text in (r"\gdef\alpha{z}x", r"\gdef\frac#1#2{z}x", r"\globaldefs=1 \let\beta=z x", r"\def\x{\x}\x", r"\stop"):
         rendered = render([*FINE[:4], text, *FINE[4:]], seconds=2.0)
@@ -232,7 +231,7 @@ def test_pictures():
     assert picture(black).size in {(100, 50), (101, 51), (101, 50), (100, 51)}
     assert picture(black).getextrema()[0] == 0
     assert none is None and blank is None and one == again
-    assert picture(one).getextrema() == (0, 255) or picture(one).getextrema()[0] < 60
+    assert picture(one).getextrema()[0] < 60
 
 
 @requires_tex
@@ -280,7 +279,3 @@ def test_engines(monkeypatch):
 
 def test_nothing_to_render():
     assert render([]) == [] and render_pngs([]) == []
-
-
-def test_the_limit_of_length_is_generous():
-    assert MAX_CHARACTERS >= 20_000
