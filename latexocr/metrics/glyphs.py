@@ -84,7 +84,7 @@ class Box(NamedTuple):
 
 def boxes(rendering: Any) -> list[Box]:
     """Glyphs and rules in one list in the order of print; a glyph repeated to make a long arrow is one box."""
-    glyphs = _merge_runs(rendering.glyphs)
+    glyphs = _merge_ellipses(_merge_runs(rendering.glyphs))
     spans = [_span(rule, rendering.rules, glyphs) for rule in rendering.rules]
     found = [(number, Box(g.font, g.code, g.size, g.x, g.y, g.width, (), ())) for number, g in enumerate(glyphs)]
     for rule, (above, below) in zip(rendering.rules, spans, strict=True):
@@ -102,6 +102,19 @@ def _merge_runs(glyphs: Sequence[Any]) -> list[Any]:
             merged[-1] = last._replace(width=max(last.width, glyph.x + glyph.width - last.x))
         else:
             merged.append(glyph)
+    return merged
+
+
+def _merge_ellipses(glyphs: list[Any]) -> list[Any]:
+    r"""One glyph, of a code that no font has, for three dots in a row: `\ldots` and `\cdots` are one symbol."""
+    merged: list[Any] = []
+    for glyph in glyphs:
+        merged.append(glyph)
+        first, *others = merged[-3:]
+        is_dots = (glyph.font.rstrip("0123456789"), glyph.code) in _DOTS and len(others) == 2
+        if is_dots and all(g[:3] == first[:3] and abs(g.y - first.y) <= TOLERANCE_PT for g in others):
+            width = glyph.x + glyph.width - first.x
+            merged[-3:] = [first._replace(code=_ELLIPSIS + first.code, width=width)]
     return merged
 
 
@@ -351,4 +364,6 @@ _SIZED = {
     )
     for place in ([text_size] if text_size else []) + [("cmex", code) for code in sizes_and_pieces]
 }
+_DOTS = {("cmmi", 58), ("cmr", 46), ("cmsy", 1)}
+_ELLIPSIS = 1000
 _MIDDLE_OF_BRACE = 62  # the one piece that both braces are stretched with
