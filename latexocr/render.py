@@ -62,8 +62,8 @@ class Rendering:
 
 
 def engine_available() -> Engine:
-    """`latex` where the programs `latex` and `dvipng` are installed, else `mathtext`."""
-    return "latex" if shutil.which("latex") and shutil.which("dvipng") else "mathtext"
+    """`latex` where the programs `latex` and `dvipng` are installed (and a shell to limit them), else `mathtext`."""
+    return "latex" if all(map(shutil.which, ("sh", "latex", "dvipng"))) else "mathtext"
 
 
 def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: float = 5.0) -> list[Rendering]:
@@ -79,7 +79,7 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
         seconds: wall time that one formula may take before it is stopped; typical is 0.001.
 
     Raises:
-        InputError: `engine` is unknown or not installed.
+        InputError: `engine` is unknown, not installed, or does not run.
     """
     engine = engine or engine_available()
     if engine not in ("latex", "mathtext"):
@@ -181,8 +181,9 @@ _PROGRAM = re.compile(
     r"|(?:set|addto|step|refstep)counter|verb|lstinline|bibliography\w*|hyphenation|patterns|parshape)(?![A-Za-z])"
 )
 _COMMENT = re.compile(r"(\\.)|%[^\r\n]*", re.DOTALL)
-_SPACED_PRIMES = re.compile(r"'\s+(?=['^])")  # data sets write tokens apart; TeX wants x''^2 together
-_SPACED_LENGTH = re.compile(r"(\\(?:[hv]space\s*\*?|raisebox)\s*\{)([^{}\\]*)\}")  # ... and 2mm
+# Data sets write tokens apart; these TeX wants together: x''^2, \hspace{2mm}, \begin{matrix}.
+_SPACED_PRIMES = re.compile(r"'\s+(?=['^])")
+_SPACED_WORD = re.compile(r"(\\(?:[hv]space\s*\*?|raisebox|begin|end)\s*\{)([^{}\\]*)\}")
 _FENCE = re.compile(r"```(?:latex|tex|math)?(.*?)```", re.DOTALL | re.IGNORECASE)
 _ENDS_IN_BACKSLASH = re.compile(r"(?<!\\)(?:\\\\)*\\$")
 _BARE_SCRIPT = re.compile(r"(?<!\\)[\^_]\s*(?:$|[}&^_]|\\\\|\\(?:end|right)(?![A-Za-z]))")
@@ -196,7 +197,7 @@ def _bare(text: str) -> str:
     text = " ".join(text.split())
     while len(text) > 1 and text[0] == text[-1] == "$" and text[-2] != "\\":
         text = text[1:-1].strip()
-    text = _SPACED_LENGTH.sub(lambda match: f"{match[1]}{match[2].replace(' ', '')}}}", text)
+    text = _SPACED_WORD.sub(lambda match: f"{match[1]}{match[2].replace(' ', '')}}}", text)
     text = _SPACED_PRIMES.sub("'", text)
     return f"{text} " if _ENDS_IN_BACKSLASH.search(text) else text  # the blank of "\\ " was stripped
 
@@ -294,14 +295,15 @@ def _typeset(formulas: list[str], seconds: float, done: dict[str, Rendering]) ->
         places = _with_probes(formulas)
         run = _run_latex([_PROBE if text is None else text for text in places], seconds)
         if run.last < 0:
-            raise RuntimeError(f"latex does not start: {run.errors.get(-1, 'it says nothing')}")
+            reason = run.errors.get(-1, "it says nothing")
+            raise InputError(f"latex does not start: {reason}; repair TeX Live, or use engine mathtext")
         num_good = _accept(places, run, done)
         formulas = [text for text in places[num_good:] if text is not None]
         if not formulas:
             return
         suspect = None if run.finished else places[run.last]
         if len(places) == 1:
-            done[formulas[0]] = _failed(run.errors.get(0, f"stopped after {seconds:g} s"), "latex")
+            done[formulas[0]] = _failed(run.errors[0], "latex")
             return
         # Known suspect: it alone, then the others. Else one of them spoils the others: halves.
         part = [suspect] if suspect is not None else formulas[: (len(formulas) + 1) // 2]
@@ -346,7 +348,13 @@ def _run_latex(formulas: list[str], seconds: float) -> _Run:
         command = ["latex", "-no-shell-escape", "-interaction=nonstopmode", "-jobname=out", f"{name}.tex"]
         output = sandbox.run(command, folder=folder, seconds=seconds, progress=nonce.encode())
         last, errors, finished = _read_messages(output.text, nonce)
+        if -1 in errors and last >= 0:
+            logger.warning("latex finds fault with a package, pictures may differ: %s", errors[-1])
         pages = _read_pages(Path(folder, "out.dvi"))
+    if not output.finished:
+        errors.setdefault(last, f"stopped: no end within {seconds:g} s and the limits of memory and files")
+    elif not finished:
+        errors.setdefault(last, "ends or silences TeX")
     return _Run(pages, errors, last, finished and output.finished)
 
 

@@ -60,6 +60,7 @@ def test_a_fraction_bar_is_a_rule():
         (r"a \over b", r"\frac{a}{b}"),
         (r"x \tag{7}", r"x \qquad \text{(7)}"),
         (r"a \lt b", "a<b"),
+        (r"\begin { m a t r i x } a \end { m a t r i x }", r"\begin{matrix}a\end{matrix}"),
     ],
 )
 def test_what_only_a_document_needs_is_accepted(written, plain):
@@ -157,6 +158,26 @@ def test_a_formula_cannot_change_the_others(text, clean):
     rendered = render([*FINE[:4], text, *FINE[4:], *(f"x_{{{number}}}" for number in range(60))])
     assert rendered[:4] + rendered[5:9] == clean
     assert all(one.error is None for one in rendered[9:])
+
+
+@requires_tex
+def test_reasons():
+    texts = [r"\batchmode x", r"\def\x{\x}\x", r"\def\x{a\x}\x", r"\write18{ls}\undefined", "{", "x^", "x" * 30_000]
+    ended, endless, growing, unknown, open_brace, bare, long = (one.error for one in render(texts, seconds=1.0))
+    assert ended == "ends or silences TeX" and endless.startswith("stopped: no end within 1 s")
+    assert growing.startswith("TeX capacity exceeded") and unknown == r"Undefined control sequence \undefined"
+    assert (open_brace, bare) == ("unbalanced groups", "script without argument")
+    assert long == "longer than 20000 characters"
+
+
+@requires_tex
+def test_many_broken_formulas_cost_little(clean):
+    """Errors that TeX survives do not end its run, and those that it does not survive end it once each."""
+    broken = [rf"\frac{{{number}}}" for number in range(200)] + [r"\left( x", r"\sqrt", r"\mathbf"] * 20
+    started = time.monotonic()
+    rendered = render([*FINE, *broken])
+    assert time.monotonic() - started < 10
+    assert rendered[: len(FINE)] == clean and all(one.error for one in rendered[len(FINE) :])
 
 
 @pytest.mark.slow
