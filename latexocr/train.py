@@ -15,7 +15,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
+from latexocr.layers import kernels_available
 from latexocr.lora import runs_kernels
 from latexocr.modeling import (
     ADAPTER_CONFIG,
@@ -125,12 +126,12 @@ class TrainConfig(TrainOptions, TrainingArguments):
         sharded = bool(self.fsdp or self.deepspeed) or any(
             os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")
         )
-        if self.compile_layers is None:
-            self.compile_layers = self.bf16 and self.flatten and on_gpu and not sharded
+        if self.fused_layers is None:
+            self.fused_layers = on_gpu and kernels_available()
         if self.fused_loss is None:
             self.fused_loss = not sharded
         if self.fused_lora is None:
-            self.fused_lora = self.compile_layers and on_gpu and runs_kernels(self.lora_r)
+            self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.fused_lora and self.flatten
         self._check_fast(on_gpu, sharded)
@@ -163,7 +164,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             )
         unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False,
                   "auto_find_batch_size": False}  # fmt: skip
-        hints = {"torch_compile": "; compile_layers compiles", "auto_find_batch_size": "; latexocr plan finds one"}
+        hints = {"torch_compile": "; fused_layers has its effect", "auto_find_batch_size": "; latexocr plan finds one"}
         if self.by_budget:
             unused["per_device_train_batch_size"] = TrainOptions.per_device_train_batch_size
             hints["per_device_train_batch_size"] = "; the budget says how large a batch is"
@@ -348,13 +349,14 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel, Contract]:
     family = data.preprocessor.family
     set_seed(config.seed)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
-    model = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
-    model.generation_config = greedy_config(data.preprocessor.processor, family)
-    model.generation_config.max_new_tokens = config.max_new_tokens
-    model = add_lora(
-        model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
-        dropout=config.lora_dropout,
-    )  # fmt: skip
+    with _kernels_compiled(config, dtype):
+        model = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        model.generation_config = greedy_config(data.preprocessor.processor, family)
+        model.generation_config.max_new_tokens = config.max_new_tokens
+        model = add_lora(
+            model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+        )  # fmt: skip
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
@@ -366,6 +368,14 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel, Contract]:
         training={"train_records": len(data.training.records), "dropped": len(data.training.dropped)},
     )
     return model, contract
+
+
+def _kernels_compiled(config: TrainConfig, dtype: torch.dtype) -> AbstractContextManager:
+    if not (config.fused_lora and config.device.type == "cuda"):
+        return nullcontext()
+    from latexocr import kernels
+
+    return kernels.compiled_meanwhile(config.lora_r, config.lora_dropout > 0, dtype)
 
 
 def build_trainer(
