@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 
 import numpy as np
 import pytest
@@ -191,3 +192,12 @@ def test_a_glyph_is_what_its_fields_say():
     (box,) = boxes(Rendering((glyph,), (), None, "latex"))
     assert (box.font, box.size, box.code, box.width, box.above, box.below) == ("cmmi10", 10.0, 120, 5.7, (), ())
     assert np.isclose(glyph_f1(Rendering((glyph,), (), None, "latex"), Rendering((glyph,), (), None, "latex")), 1)
+
+
+def test_a_runaway_prediction_takes_no_age():
+    runaway = r"\frac{a}{b}+x^{2}" * 450
+    rendered = render([runaway, r"\frac{a}{b}"])
+    assert rendered[0].error is None
+    started = time.monotonic()
+    assert 0 < glyph_f1(*rendered) < 0.01
+    assert time.monotonic() - started < 20

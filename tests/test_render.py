@@ -198,6 +198,18 @@ def test_an_unknown_poison_is_noticed_and_cut_out(clean, monkeypatch):
 
 
 @requires_tex
+def test_files_outside_the_folder_are_refused(tmp_path):
+    """TeX's own guard, and not an accident of the attack: an open file would print "open"."""
+    (tmp_path / "secret.tex").write_text("secret")
+    test = r"\openin5=%s \ifeof5 \mathrm{none}\else\mathrm{open}\fi"
+    own, outside, parent = render([test % name for name in ("out.aux", tmp_path / "secret.tex", "../x.tex")])
+    assert (codes(own), codes(outside), codes(parent)) == ("open", "none", "none")
+    (writes,) = render([rf"\newwrite\w\immediate\openout\w={tmp_path}/written x"])
+    assert writes.error.startswith("I can't write on file")
+    assert [path.name for path in tmp_path.iterdir()] == ["secret.tex"]
+
+
+@requires_tex
 def test_a_file_beside_the_formulas_is_not_read(tmp_path, monkeypatch):
     (tmp_path / "secret.tex").write_text("secret")
     monkeypatch.chdir(tmp_path)

@@ -249,9 +249,9 @@ def glyph_f1(prediction: Any, reference: Any) -> float:
     """
     if prediction.error or reference.error:
         return 0.0
-    if same_picture(prediction, reference, horizontal_space=False):
-        return 1.0
     ours, theirs = boxes(prediction), boxes(reference)
+    if same_picture(prediction, reference) or _in_order_equally(ours, theirs):
+        return 1.0
     if not ours or not theirs:
         return 0.0
     credit = _credit(ours, theirs)
