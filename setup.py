@@ -3,7 +3,6 @@
 from setuptools import find_packages, setup
 
 DASHBOARD = ["swanlab[dashboard]>=0.10.3"]
-SAMPLE = ["matplotlib>=3.9"]
 
 setup(
     name="latexocr",
@@ -36,10 +35,8 @@ setup(
     extras_require={
         "dashboard": DASHBOARD,
         "tensorboard": ["tensorboard>=2.18"],
-        "sample": SAMPLE,
         "dev": [
             *DASHBOARD,
-            *SAMPLE,
             "tensorboard>=2.18",
             "pytest>=8",
             "pytest-timeout>=2.3",

@@ -62,8 +62,8 @@ class Rendering:
 
 
 def engine_available() -> Engine:
-    """`latex` where the programs `latex` and `dvipng` are installed, else `mathtext`."""
-    return "latex" if shutil.which("latex") and shutil.which("dvipng") else "mathtext"
+    """`latex` where the programs `latex` and `dvipng` are installed (and a shell to limit them), else `mathtext`."""
+    return "latex" if all(map(shutil.which, ("sh", "latex", "dvipng"))) else "mathtext"
 
 
 def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: float = 5.0) -> list[Rendering]:
@@ -79,7 +79,7 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
         seconds: wall time that one formula may take before it is stopped; typical is 0.001.
 
     Raises:
-        InputError: `engine` is unknown or not installed.
+        InputError: `engine` is unknown, not installed, or does not run.
     """
     engine = engine or engine_available()
     if engine not in ("latex", "mathtext"):
@@ -181,8 +181,12 @@ _PROGRAM = re.compile(
     r"|(?:set|addto|step|refstep)counter|verb|lstinline|bibliography\w*|hyphenation|patterns|parshape)(?![A-Za-z])"
 )
 _COMMENT = re.compile(r"(\\.)|%[^\r\n]*", re.DOTALL)
-_SPACED_PRIMES = re.compile(r"'\s+(?=['^])")  # data sets write tokens apart; TeX wants x''^2 together
+# Data sets write tokens apart; these TeX wants together: x''^2, \hspace{2mm}, \begin{matrix}.
+_SPACED_PRIMES = re.compile(r"'\s+(?=['^])")
+_SPACED_WORD = re.compile(r"(\\(?:[hv]space\s*\*?|raisebox|begin|end)\s*\{)([^{}\\]*)\}")
 _FENCE = re.compile(r"```(?:latex|tex|math)?(.*?)```", re.DOTALL | re.IGNORECASE)
+_ENDS_IN_BACKSLASH = re.compile(r"(?<!\\)(?:\\\\)*\\$")
+_BARE_SCRIPT = re.compile(r"(?<!\\)[\^_]\s*(?:$|[}&^_]|\\\\|\\(?:end|right)(?![A-Za-z]))")
 _NESTING = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}|\\.|[{}$]", re.DOTALL)
 
 
@@ -193,7 +197,9 @@ def _bare(text: str) -> str:
     text = " ".join(text.split())
     while len(text) > 1 and text[0] == text[-1] == "$" and text[-2] != "\\":
         text = text[1:-1].strip()
-    return _SPACED_PRIMES.sub("'", text)
+    text = _SPACED_WORD.sub(lambda match: f"{match[1]}{match[2].replace(' ', '')}}}", text)
+    text = _SPACED_PRIMES.sub("'", text)
+    return f"{text} " if _ENDS_IN_BACKSLASH.search(text) else text  # the blank of "\\ " was stripped
 
 
 def _refusal(text: str) -> str | None:
@@ -203,8 +209,6 @@ def _refusal(text: str) -> str | None:
     text = _bare(text)
     if not text:
         return "empty"
-    if text.endswith("\\") and (len(text) - len(text.rstrip("\\"))) % 2:
-        return "ends in a backslash"
     if any(character < " " or character == "\x7f" for character in text):
         return "control character"
     open_groups, dollars = [], 0
@@ -219,6 +223,8 @@ def _refusal(text: str) -> str | None:
                 return "unbalanced groups"
         elif token == "$":
             dollars += 1
+    if _BARE_SCRIPT.search(text):
+        return "script without argument"
     return "unbalanced groups" if open_groups or dollars % 2 else None
 
 
@@ -233,28 +239,37 @@ _PREAMBLE = (
 \tracinglostchars=3
 \begin{document}
 \def\[{}\def\]{}\def\({}\def\){}
-\let\equation\relax\let\endequation\relax
-\expandafter\let\csname equation*\endcsname\relax\expandafter\let\csname endequation*\endcsname\relax
-\let\displaymath\relax\let\enddisplaymath\relax\let\math\relax\let\endmath\relax
 \def\lx@as#1#2{\expandafter\let\csname#1\expandafter\endcsname\csname#2\endcsname
   \expandafter\let\csname end#1\expandafter\endcsname\csname end#2\endcsname}
+\def\lx@plain{}\let\endlx@plain\lx@plain
+\@for\lx@name:=equation,equation*,displaymath,math\do{\lx@as\lx@name{lx@plain}}
 \@for\lx@name:=align,align*,flalign,flalign*,eqnarray,eqnarray*,split\do{\lx@as\lx@name{aligned}}
 \@for\lx@name:=gather,gather*,multline,multline*\do{\lx@as\lx@name{gathered}}
 \@for\lx@name:=alignat,alignat*,xalignat,xalignat*\do{\lx@as\lx@name{alignedat}}
 \let\label\@gobble\let\nonumber\relax\let\notag\relax
-\def\tag{\@ifstar{\qquad\text}{\lx@tag}}\def\lx@tag#1{\qquad\text{(#1)}}
+\def\tag{\@ifstar{\qquad\text}{\lx@tag}}\def\lx@tag#1{\qquad\text{(#1)}}\let\dft@tag\tag
 \let\eqno\qquad\let\leqno\qquad
+\providecommand\lt{<}\providecommand\gt{>}
 \let\lx@shipout\shipout
-\newcount\lx@page
+\newcount\lx@page\newcount\lx@tries
 """
 )
-# \lx@begin: TeX must be as it was before the first formula, or the one before has not ended: then stop here.
+# \lx@clean closes what the formula before has left open, group by group as e-TeX tells their kinds; if that fails,
+# TeX stops. \par ends a search for arguments, and TeX's count of errors, which stops it at 100.
 # \lx@end ships the box as a page whose first box, one scaled point high, is as many scaled points wide as the
-# formula's place and one; its baseline is at y = 0. \par ends TeX's count of errors, which stops it at 100.
+# formula's place and one; its baseline is at y = 0.
 _COMMANDS = r"""
-\def\lx@begin#1{\ifnum\currentgrouplevel=0 \ifvmode\else\lx@stop\fi\else\lx@stop\fi
-  \global\lx@page=#1 \global\advance\lx@page1 \noindent\par\message{^^JNONCE#1 }\setbox0\hbox\bgroup}
-\def\lx@stop{\message{^^JNONCE-1 }\batchmode\read16 to\lx@name}
+\def\lx@begin#1{\lx@clean\global\lx@page=#1 \global\advance\lx@page1 \noindent\par
+  \message{^^JNONCE#1 }\setbox0\hbox\bgroup}
+\def\lx@finish{\lx@clean\message{^^JNONCEend }\batchmode\@@end}
+\def\lx@clean{\ifnum\currentgrouplevel=0 \else\errmessage{unbalanced groups}\lx@tries=0 \lx@close\fi
+  \ifvmode\else\lx@stop\fi}
+\def\lx@close{\ifnum\currentgrouplevel=0 \else
+    \ifnum\lx@tries<300 \global\advance\lx@tries1 \lx@closer\else\lx@stop\fi
+    \expandafter\lx@close\fi}
+\def\lx@closer{\ifcase\currentgrouptype\or\egroup\or\egroup\or\egroup\or\egroup\or\egroup\or\crcr\egroup\or\egroup
+  \or\lx@stop\or\egroup\or\egroup\or\egroup\or\egroup\or\egroup\or\endgroup\or$\or\right.\fi}
+\def\lx@stop{\batchmode\read16 to\lx@name}
 \def\lx@end{\egroup\ht0=0pt\dp0=0pt
   \lx@shipout\hbox{\hbox to0pt{\vrule height1sp depth0pt width\lx@page sp\hss}\box0}}
 \makeatother
@@ -280,14 +295,15 @@ def _typeset(formulas: list[str], seconds: float, done: dict[str, Rendering]) ->
         places = _with_probes(formulas)
         run = _run_latex([_PROBE if text is None else text for text in places], seconds)
         if run.last < 0:
-            raise RuntimeError(f"latex does not start: {run.errors.get(-1, 'it says nothing')}")
+            reason = run.errors.get(-1, "it says nothing")
+            raise InputError(f"latex does not start: {reason}; repair TeX Live, or use engine mathtext")
         num_good = _accept(places, run, done)
         formulas = [text for text in places[num_good:] if text is not None]
         if not formulas:
             return
         suspect = None if run.finished else places[run.last]
         if len(places) == 1:
-            done[formulas[0]] = _failed(run.errors.get(0, f"stopped after {seconds:g} s"), "latex")
+            done[formulas[0]] = _failed(run.errors[0], "latex")
             return
         # Known suspect: it alone, then the others. Else one of them spoils the others: halves.
         part = [suspect] if suspect is not None else formulas[: (len(formulas) + 1) // 2]
@@ -323,36 +339,38 @@ def _run_latex(formulas: list[str], seconds: float) -> _Run:
     # Neither the file's name nor the marker can be guessed by a formula.
     name, nonce = secrets.token_hex(8), secrets.token_hex(8)
     lines = [
-        rf"\csname lx@begin\endcsname{{{k}}}$\displaystyle{{{_bare(f)}}}$\csname lx@end\endcsname"
-        for k, f in enumerate(formulas)
+        rf"\csname lx@begin\endcsname{{{place}}}$\displaystyle{{{_bare(formula)}}}$\csname lx@end\endcsname"
+        for place, formula in enumerate(formulas)
     ]
-    body = _PREAMBLE + _COMMANDS.replace("NONCE", nonce) + "\n".join(lines) + "\n\\csname @@end\\endcsname\n"
+    body = _PREAMBLE + _COMMANDS.replace("NONCE", nonce) + "\n\n".join([*lines, "\\csname lx@finish\\endcsname\n"])
     with tempfile.TemporaryDirectory(prefix="latexocr-") as folder:
         Path(folder, f"{name}.tex").write_text(body, encoding="utf-8", errors="replace")
         command = ["latex", "-no-shell-escape", "-interaction=nonstopmode", "-jobname=out", f"{name}.tex"]
         output = sandbox.run(command, folder=folder, seconds=seconds, progress=nonce.encode())
         last, errors, finished = _read_messages(output.text, nonce)
+        if -1 in errors and last >= 0:
+            logger.warning("latex finds fault with a package, pictures may differ: %s", errors[-1])
         pages = _read_pages(Path(folder, "out.dvi"))
+    if not output.finished:
+        errors.setdefault(last, f"stopped: no end within {seconds:g} s and the limits of memory and files")
+    elif not finished:
+        errors.setdefault(last, "ends or silences TeX")
     return _Run(pages, errors, last, finished and output.finished)
 
 
 def _read_messages(text: str, nonce: str) -> tuple[int, dict[int, str], bool]:
     """The last formula begun, the first error of each, and whether the end was reached."""
-    place, errors, finished = -1, {}, True
+    place, errors = -1, {}
     lines = text.split("\n")
     for number, line in enumerate(lines):
         if line.startswith(nonce):
-            found = int(line[len(nonce) :].split()[0])
-            if found == -1:
-                finished = False
-                errors.setdefault(place, "unbalanced groups")
-                break
-            place = found
-        elif line.startswith("! ") or line.startswith("Missing character:"):
+            word = line[len(nonce) :].split()[0]
+            if word == "end":
+                return place, errors, True
+            place = int(word)
+        elif line.startswith(("! ", "Missing character:")):
             errors.setdefault(place, _message(line, lines[number + 1 : number + 12]))
-            if line.startswith("! Emergency stop") or line.startswith("! TeX capacity") or "fatal" in line.lower():
-                finished = False
-    return place, errors, finished
+    return place, errors, False
 
 
 def _message(line: str, following: list[str]) -> str:

@@ -68,7 +68,6 @@ def _environment(folder: str) -> dict[str, str]:
         "openin_any": "p",
         "openout_any": "p",
         "shell_escape": "f",
-        "MKTEXPK": "0",
         "MKTEXTFM": "0",
         "MKTEXMF": "0",
         "max_print_line": "10000",

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE
+from conftest import ROOT, SAMPLE, requires_tex
 
 from latexocr.csv2json import csv2json
 from latexocr.data2csv import data2csv
@@ -165,3 +165,27 @@ def test_startup(sample_json):
     for row in found["results"]:
         assert row["seconds_to_first_step"] > 0 and row["load_seconds"] > 0
         assert row["processes"] == row["workers"] + 1 and row["rss_mib"] > row["pss_mib"] > 0
+
+
+@requires_tex
+def test_rendering(tmp_path):
+    lines = [f"key{n}\t\tx _ {{ {n} }}" for n in range(30)] + [r"bad" + "\t\t" + r"\frac { 1 }"]
+    (tmp_path / "formulas.tsv").write_text("\n".join(lines) + "\n")
+    found = run("rendering.py", "--formulas", tmp_path / "formulas.tsv", "--calls", 1)["results"]
+    assert found["render_ms_a_formula"]["best"] > 0 and found["png_bytes"]["mean"] > 50
+    assert found["all"]["formulas"] == 31 and found["all"]["render_rate"] == round(30 / 31, 5)
+    assert found["all"]["reasons"] == {"Argument of \\frac  has an extra }": 1}
+
+
+@requires_tex
+def test_glyph_f1(tmp_path):
+    rows = [("x^2", "x_2", 1.0), ("x+1", "x+2", 0.667), ("a", "a", 1.0), ("b", "c", 0.0), ("a+b+c", "a+b", 0.75)]
+    pairs = [{"prediction": one, "reference": other, "cdm_f1": value} for one, other, value in rows]
+    (tmp_path / "cdm.json").write_text(json.dumps({"pairs": pairs}))
+    (tmp_path / "formulas.tsv").write_text("\n".join([r"a + b = \frac { c } { d } - x ^ { 2 }"] * 3))
+    arguments = ("--reference", tmp_path / "cdm.json", "--formulas", tmp_path / "formulas.tsv")
+    found = run("glyph_f1.py", *arguments)["results"]
+    assert found["cdm"]["spearman_neither_perfect"] == {"pairs": 3, "value": 1.0}
+    assert found["cdm"]["perfect_for_cdm_only"] == ["ours 0.75 CDM 1.00: x^2 <- x_2"]
+    assert found["corruption"]["steps"] == 18 and found["corruption"]["rises"] == 0
+    assert found["horizontal_space"] == {"formulas": 3, "below_1": []}

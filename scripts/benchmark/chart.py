@@ -1,8 +1,6 @@
 """Draw samples/s against samples a step, from the JSON of one or more runs of training.py with `--batches`.
 
-    python scripts/benchmark/chart.py sweep.json --output speed.svg
-
-Needs matplotlib (`pip install latexocr[sample]`).
+python scripts/benchmark/chart.py sweep.json --output speed.svg
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gzip
 import importlib.metadata
 import json
 import os
@@ -235,6 +236,13 @@ def flop_per_sample(model: Path, data: Path) -> float:
         for count in counts
     )
     return total / len(counts)
+
+
+def read_formulas(path: Path) -> list[str]:
+    """The last tab-separated column of a text file, gzipped or not."""
+    content = path.read_bytes()
+    lines = (gzip.decompress(content) if path.suffix == ".gz" else content).decode("utf-8").splitlines()
+    return [line.split("\t")[-1] for line in lines]
 
 
 def machine() -> dict[str, Any]:
