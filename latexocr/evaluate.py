@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -77,14 +78,7 @@ def evaluate(
         temperature=temperature, top_p=top_p, min_p=min_p, progress=True,
     )  # fmt: skip
     rows = [
-        {
-            "id": record.id,
-            "image_path": str(record.image_path),
-            "reference": record.text,
-            "prediction": answer.text,
-            "num_tokens": answer.num_tokens,
-            "finished": answer.finished,
-        }
+        answer.as_row(record.id, record.image_path, record.text)
         for record, answer in zip(records, answers, strict=True)
     ]
     write_predictions(output_dir / "predictions.jsonl", rows)
@@ -191,6 +185,10 @@ def _scored(
     evaluation = replace(assess(rows, baseline=baseline, pictures=pictures), output_dir=output_dir)
     if output_dir is not None:
         _write(evaluation, output_dir)
+    if sys.modules.keys() & {"latexocr.tracking", "swanlab"}:  # else no run can be active: save the import's seconds
+        from latexocr.tracking import log_evaluation
+
+        log_evaluation(evaluation)
     return evaluation
 
 
@@ -224,6 +222,13 @@ def assess(
         engine=drawn[0][1][0].engine if pictures else None,
         comparison=None if baseline is None else tables[0].compare(tables[1]),
     )
+
+
+def quick_scores(rows: Sequence[dict[str, Any]], *, pictures: bool) -> dict[str, float]:
+    """The figures alone, for the validations of a training; see `assess`."""
+    from latexocr.metrics.scores import figures
+
+    return figures(_pairs(rows, _rendered([rows])[0] if pictures else None))
 
 
 def _pairs(rows: Sequence[dict[str, Any]], pictures: tuple[list, list] | None) -> Pairs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +21,17 @@ class Generated:
     text: str
     num_tokens: int
     finished: bool
+
+    def as_row(self, record_id: str, image_path: Path, reference: str) -> dict[str, Any]:
+        """A line of predictions.jsonl."""
+        return {
+            "id": record_id,
+            "image_path": str(image_path),
+            "reference": reference,
+            "prediction": self.text,
+            "num_tokens": self.num_tokens,
+            "finished": self.finished,
+        }
 
 
 def generate(

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 # Shortest stretch of repetition that counts, in tokens and in copies, and the longest block that is repeated. Of
-# 79,023 real formulas REPLACE repeat as much.
+# 79,023 real formulas 4 repeat as much.
 MIN_TOKENS = 24
 MIN_COPIES = 4
 MAX_BLOCK = 40

@@ -167,9 +167,13 @@ def score(
     >>> score([r"\frac12", "x"], [r"\frac{1}{2}", "y"])["exact_match"]
     0.5
     """
-    pairs = Pairs(predictions, references, finished=finished, pictures=pictures)
-    figures = {metric.name: float(metric.value(metric.per_row(pairs).sum(axis=0))) for metric in metrics_of(pairs)}
-    return {name: value for name, value in figures.items() if value == value} | counts(pairs)
+    return figures(Pairs(predictions, references, finished=finished, pictures=pictures))
+
+
+def figures(pairs: Pairs) -> dict[str, float]:
+    """All metrics that these rows have a value for, and the counts; see `score`."""
+    found = {metric.name: float(metric.value(metric.per_row(pairs).sum(axis=0))) for metric in metrics_of(pairs)}
+    return {name: value for name, value in found.items() if value == value} | counts(pairs)
 
 
 def metrics_of(pairs: Pairs) -> list[Metric]:
@@ -292,14 +296,14 @@ def corpus_bleu(sums: np.ndarray, *, smooth: bool = True, effective_order: bool 
     for are left out; else the score is 0 then, so a corpus without a single 4-gram scores 0, equal or not.
     """
     lengths, matches, totals = sums[..., :2], sums[..., 2 : 2 + ORDER], sums[..., 2 + ORDER :]
-    missed = (matches == 0) & (totals > 0)
-    halvings = np.cumsum(missed, axis=-1)
+    has_ngrams = totals > 0
+    missed = (matches == 0) & has_ngrams
+    num_orders = np.maximum(1, has_ngrams.sum(axis=-1)) if effective_order else ORDER
     with np.errstate(divide="ignore", invalid="ignore"):
-        numerators = np.where(missed & smooth, 0.5**halvings, matches)
-        logs = np.log(numerators) - np.log(totals)  # NaN for an order without n-grams
+        numerators = np.where(missed & smooth, 0.5 ** np.cumsum(missed, axis=-1), matches)
+        logs = np.where(has_ngrams, np.log(numerators / totals), 0 if effective_order else -np.inf)
         brevity = np.minimum(0, 1 - lengths[..., 1] / lengths[..., 0])
-        mean = np.nanmean(np.where(totals > 0, logs, np.nan if effective_order else -np.inf), axis=-1)
-        scores = 100 * np.exp(mean + brevity)
+        scores = 100 * np.exp(logs.sum(axis=-1) / num_orders + brevity)
     return np.where(matches.any(axis=-1), scores, 0.0)
 
 
