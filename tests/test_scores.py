@@ -76,7 +76,7 @@ def test_squeezing():
 def corpora(num: int) -> list[tuple[list[str], list[str]]]:
     """Formulas of 0 to 12 tokens, and the same with every fifth token another one."""
     generator = random.Random(1)
-    tokens = r"a b x 1 2 + = ^{2} _{i} \alpha \frac{a}{b} \sqrt{x} \mathrm{det}".split()
+    tokens = [*"abx12+=", "^{2}", "_{i}", r"\alpha", r"\frac{a}{b}", r"\sqrt{x}", r"\mathrm{det}"]
     found = []
     for _ in range(num):
         rows = [generator.choices(tokens, k=generator.randint(0, 12)) for _ in range(generator.randint(1, 30))]
