@@ -65,11 +65,11 @@ class TrainOptions:
     bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")
     flatten: bool | None = option(None, "batches in one row without padding (default: where the GPU can, and on CPUs)")
     cache_vision_features: bool = option(False, "compute the frozen vision tower's output once, keep it on disk")
-    compile_layers: bool | None = option(
-        None, "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)"
+    fused_layers: bool | None = option(
+        None, "norms, gates and rotary positions in one kernel each (default: on a GPU)"
     )
     fused_loss: bool | None = option(None, "loss without holding all logits (default: weights not sharded)")
-    fused_lora: bool | None = option(None, "adapters in kernels of our own (default: where layers are compiled)")
+    fused_lora: bool | None = option(None, "adapters in kernels of our own (default: bfloat16 on a GPU, not sharded)")
     cuda_graphs: bool | None = option(None, "replay steps as CUDA graphs (default: with fused_lora)")
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")

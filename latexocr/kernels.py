@@ -240,3 +240,179 @@ def cross_entropy_in_place(
         logits, targets, scale, losses, logits.shape[1], IGNORED=ignored, BLOCK=4096, num_warps=8
     )
     return losses
+
+
+@triton.jit
+def _rms_norm_kernel(x, weight, y, scales, num_rows, num_columns, eps, BM: tl.constexpr, BLOCK: tl.constexpr):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows) & (columns < num_columns)
+    places = rows * num_columns + columns
+    values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    scale = 1.0 / tl.sqrt(tl.sum(values * values, 1) / num_columns + eps)[:, None]
+    weights = tl.load(weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    normed = (values * scale).to(x.dtype.element_ty).to(tl.float32)  # transformers rounds before the weight, too
+    tl.store(y + places, (normed * weights).to(y.dtype.element_ty), mask=inside)
+    tl.store(scales + rows, scale, mask=rows < num_rows)
+
+
+@triton.jit
+def _rms_norm_backward_kernel(
+    grad, x, weight, scales, grad_x, num_rows, num_columns, BM: tl.constexpr, BLOCK: tl.constexpr
+):
+    rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < num_rows) & (columns < num_columns)
+    places = rows * num_columns + columns
+    scale = tl.load(scales + rows, mask=rows < num_rows, other=0.0)
+    normed = tl.load(x + places, mask=inside, other=0.0).to(tl.float32) * scale
+    weights = tl.load(weight + columns, mask=columns < num_columns, other=0.0).to(tl.float32)
+    grads = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32) * weights
+    along = tl.sum(grads * normed, 1)[:, None] / num_columns
+    tl.store(grad_x + places, ((grads - normed * along) * scale).to(grad_x.dtype.element_ty), mask=inside)
+
+
+def _rows_and_block(x: torch.Tensor) -> tuple[int, int, int, int]:
+    """Rows, columns, rows a program and columns a program: about 4,096 elements, or one row."""
+    num_columns = x.shape[-1]
+    block = triton.next_power_of_2(num_columns)
+    return x.numel() // num_columns, num_columns, max(1, 4096 // block), block
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """The norm over the last dimension of a contiguous `x`, and (rows,) factors that it divided by, inverted."""
+    num_rows, num_columns, height, block = _rows_and_block(x)
+    y, scales = torch.empty_like(x), torch.empty(num_rows, dtype=torch.float32, device=x.device)
+    _rms_norm_kernel[(triton.cdiv(num_rows, height),)](
+        x, weight, y, scales, num_rows, num_columns, eps, BM=height, BLOCK=block, num_warps=8
+    )
+    return y, scales
+
+
+def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
+    """Gradient of the input of `rms_norm`."""
+    num_rows, num_columns, height, block = _rows_and_block(x)
+    grad_x = torch.empty_like(x)
+    _rms_norm_backward_kernel[(triton.cdiv(num_rows, height),)](
+        grad, x, weight, scales, grad_x, num_rows, num_columns, BM=height, BLOCK=block, num_warps=8
+    )
+    return grad_x
+
+
+ELEMENTS = 2048  # a program of the elementwise kernels
+
+
+@triton.jit
+def _swiglu_kernel(gate, up, y, num_elements, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num_elements
+    gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+    activated = (gates * tl.sigmoid(gates)).to(gate.dtype.element_ty).to(tl.float32)
+    tl.store(y + places, (activated * ups).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, num_elements, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num_elements
+    grads = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+    gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+    open_share = tl.sigmoid(gates)
+    slope = open_share * (1 + gates * (1 - open_share))
+    tl.store(grad_gate + places, (grads * ups * slope).to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + places, (grads * gates * open_share).to(grad_up.dtype.element_ty), mask=inside)
+
+
+def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up; both contiguous."""
+    y = torch.empty_like(gate)
+    _swiglu_kernel[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, y, gate.numel(), BLOCK=ELEMENTS, num_warps=8)
+    return y
+
+
+def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of gate and up."""
+    grads = torch.empty_like(gate), torch.empty_like(up)
+    _swiglu_backward_kernel[(triton.cdiv(gate.numel(), ELEMENTS),)](
+        grad, gate, up, *grads, gate.numel(), BLOCK=ELEMENTS, num_warps=8
+    )
+    return grads
+
+
+@triton.jit
+def _quick_gelu_kernel(x, y, num_elements, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num_elements
+    values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + places, (values * tl.sigmoid(1.702 * values)).to(y.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _quick_gelu_backward_kernel(grad, x, grad_x, num_elements, BLOCK: tl.constexpr):
+    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = places < num_elements
+    grads = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
+    values = tl.load(x + places, mask=inside, other=0.0).to(tl.float32)
+    open_share = tl.sigmoid(1.702 * values)
+    slope = open_share * (1 + 1.702 * values * (1 - open_share))
+    tl.store(grad_x + places, (grads * slope).to(grad_x.dtype.element_ty), mask=inside)
+
+
+def quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    """x * sigmoid(1.702 x) of a contiguous tensor."""
+    y = torch.empty_like(x)
+    _quick_gelu_kernel[(triton.cdiv(x.numel(), ELEMENTS),)](x, y, x.numel(), BLOCK=ELEMENTS, num_warps=8)
+    return y
+
+
+def quick_gelu_backward(grad: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """Gradient of the input of `quick_gelu`."""
+    grad_x = torch.empty_like(x)
+    _quick_gelu_backward_kernel[(triton.cdiv(x.numel(), ELEMENTS),)](
+        grad, x, grad_x, x.numel(), BLOCK=ELEMENTS, num_warps=8
+    )
+    return grad_x
+
+
+@triton.jit
+def _rotate_kernel(
+    x, cos, sin, y, row_stride, head_stride, num_heads, half, BACKWARD: tl.constexpr, HEADS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    heads, lane = tl.arange(0, HEADS)[:, None], tl.arange(0, BLOCK)[None, :]
+    inside, in_row = (heads < num_heads) & (lane < half), lane < half
+    source = x + row * row_stride + heads * head_stride + lane
+    left = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+    right = tl.load(source + half, mask=inside, other=0.0).to(tl.float32)
+    angle = row * 2 * half + lane
+    cos_left = tl.load(cos + angle, mask=in_row, other=0.0).to(tl.float32)
+    cos_right = tl.load(cos + angle + half, mask=in_row, other=0.0).to(tl.float32)
+    sin_left = tl.load(sin + angle, mask=in_row, other=0.0).to(tl.float32)
+    sin_right = tl.load(sin + angle + half, mask=in_row, other=0.0).to(tl.float32)
+    if BACKWARD:
+        turned_left = left * cos_left + right * sin_right
+        turned_right = right * cos_right - left * sin_left
+    else:
+        turned_left = left * cos_left - right * sin_left
+        turned_right = right * cos_right + left * sin_right
+    target = y + (row * num_heads + heads) * 2 * half + lane
+    tl.store(target, turned_left.to(y.dtype.element_ty), mask=inside)
+    tl.store(target + half, turned_right.to(y.dtype.element_ty), mask=inside)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, backward: bool) -> torch.Tensor:
+    """Rotary positions of (..., heads, head_dim), angles (..., head_dim); `backward` turns back."""
+    *rows, num_heads, head_dim = x.shape
+    if x.stride(-1) != 1 or any(
+        x.stride(i) != x.stride(i + 1) * x.shape[i + 1] and x.shape[i] > 1 for i in range(len(rows) - 1)
+    ):
+        x = x.contiguous()
+    y = x.new_empty(x.shape)
+    _rotate_kernel[(y.numel() // (num_heads * head_dim),)](
+        x, cos, sin, y, x.stride(-3), x.stride(-2), num_heads, head_dim // 2, BACKWARD=backward,
+        HEADS=triton.next_power_of_2(num_heads), BLOCK=triton.next_power_of_2(head_dim // 2), num_warps=4,
+    )  # fmt: skip
+    return y

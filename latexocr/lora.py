@@ -97,87 +97,54 @@ def lora_grad_x(
     return total
 
 
-@torch.library.custom_op("latexocr::lora_linear", mutates_args=())
-def lora_linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor, a: list[torch.Tensor],
-    b: list[torch.Tensor], seeds: torch.Tensor, threshold: int, factor: float,
-) -> list[torch.Tensor]:  # fmt: skip
-    """Frozen linear layers with one input, and their adapters.
+class _LoraLinear(torch.autograd.Function):
+    """Frozen linear layers with one input, and their adapters."""
 
-    Args:
-        x: (rows, in).
-        weight: W|B (all outs, in + adapters * r) in the type of `x`.
-        bias: (all outs,) of the frozen layers.
-        down: A (adapters * r, in) in the type of `x`.
-        a: (r, in) each, the parameters A: they get the gradient, their values are those in `down`.
-        b: (out, r) each, the parameters B: they get the gradient, their values are those in `weight`.
-        seeds: (adapters,) int64, others for every micro-batch.
-        threshold: dropout probability times 2 ** 16.
-        factor: scale of the adapter, over the share of kept elements.
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor,
+        seeds: torch.Tensor, threshold: int, factor: float, *adapters: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:  # fmt: skip
+        """y (rows, out) of each layer.
 
-    Returns:
-        y (rows, out) of each, then x|h (rows, in + adapters * r), which the backward pass needs.
-    """
-    x_and_down = lora_down(x, down, seeds, threshold, factor)
-    outs = [len(part) for part in b]
-    biases = [None] * len(outs) if bias is None else bias.split(outs)
-    return [*map(partial(linear, x_and_down), weight.split(outs), biases), x_and_down]
+        Args:
+            ctx: keeps x|h.
+            x: (rows, in).
+            weight: W|B (all outs, in + adapters * r) in the type of `x`.
+            bias: (all outs,) of the frozen layers.
+            down: A (adapters * r, in) in the type of `x`.
+            seeds: (adapters,) int64, others for every micro-batch.
+            threshold: dropout probability times 2 ** 16.
+            factor: scale of the adapter, over the share of kept elements.
+            adapters: the parameters A (r, in) of all layers, then B (out, r): they get the gradients, their values
+                are those in `down` and `weight`.
+        """
+        x_and_down = lora_down(x, down, seeds, threshold, factor)
+        ctx.save_for_backward(x_and_down, weight, down, seeds)
+        ctx.outs, ctx.dtype = [len(b) for b in adapters[len(seeds) :]], adapters[0].dtype
+        ctx.threshold, ctx.factor = threshold, factor
+        biases = [None] * len(seeds) if bias is None else bias.split(ctx.outs)
+        return tuple(map(partial(linear, x_and_down), weight.split(ctx.outs), biases))
 
-
-@lora_linear.register_fake
-def _(x, weight, bias, down, a, b, seeds, threshold, factor):
-    return [x.new_empty(x.shape[0], size) for size in (*(part.shape[0] for part in b), weight.shape[1])]
-
-
-@torch.library.custom_op("latexocr::lora_linear_backward", mutates_args=())
-def lora_linear_backward(
-    grads_y: list[torch.Tensor], x_and_down: torch.Tensor, weight: torch.Tensor, down: torch.Tensor,
-    seeds: torch.Tensor, threshold: int, factor: float,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of x (rows, in), A (adapters * r, in) and B (all outs, r); those of A and B in float32."""
-    num_columns, outs = down.shape[1], [part.shape[1] for part in grads_y]
-    grads_y = [part.contiguous() for part in grads_y]
-    grad_b = down.new_empty(sum(outs), down.shape[0] // len(outs), dtype=torch.float32)
-    grad = None
-    projected = x_and_down[:, num_columns:].chunk(len(outs), dim=1)
-    for part, rows, h, out in zip(grads_y, weight.split(outs), projected, grad_b.split(outs), strict=True):
-        grad = part @ rows if grad is None else grad.addmm_(part, rows)
-        if part.is_cuda and part.dtype != torch.float32:
-            torch.mm(part.T, h, out_dtype=torch.float32, out=out)
-        else:
-            out.copy_(part.T @ h)
-    grad_a = lora_grad_a(x_and_down, grad[:, num_columns:], seeds, threshold, factor)
-    return lora_grad_x(grad, down, seeds, threshold, factor), grad_a, grad_b
-
-
-@lora_linear_backward.register_fake
-def _(grads_y, x_and_down, weight, down, seeds, threshold, factor):
-    width, num_columns = down.shape
-    return (
-        x_and_down.new_empty(x_and_down.shape[0], num_columns),
-        down.new_empty(width, num_columns, dtype=torch.float32),
-        down.new_empty(weight.shape[0], width // len(grads_y), dtype=torch.float32),
-    )
-
-
-def _save(ctx: Any, inputs: tuple, output: list[torch.Tensor]) -> None:
-    _, weight, _, down, _, b, seeds, ctx.threshold, ctx.factor = inputs
-    ctx.mark_non_differentiable(output[-1])
-    ctx.save_for_backward(output[-1], weight, down, seeds)
-    ctx.outs, ctx.dtype = [len(part) for part in b], b[0].dtype
-
-
-def _backward(ctx: Any, grads: list[torch.Tensor]) -> tuple:
-    x_and_down, weight, down, seeds = ctx.saved_tensors
-    grad_x, grad_a, grad_b = torch.ops.latexocr.lora_linear_backward(
-        grads[:-1], x_and_down, weight, down, seeds, ctx.threshold, ctx.factor
-    )
-    grads_a = list(grad_a.to(ctx.dtype).chunk(len(ctx.outs)))
-    grads_b = list(grad_b.to(ctx.dtype).split(ctx.outs))
-    return grad_x, None, None, None, grads_a, grads_b, None, None, None
-
-
-lora_linear.register_autograd(_backward, setup_context=_save)
+    @staticmethod
+    def backward(ctx: Any, *grads_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x_and_down, weight, down, seeds = ctx.saved_tensors
+        num_columns = down.shape[1]
+        grad_b = down.new_empty(sum(ctx.outs), down.shape[0] // len(ctx.outs), dtype=torch.float32)
+        grad = None
+        projected = x_and_down[:, num_columns:].chunk(len(ctx.outs), dim=1)
+        parts = zip(grads_y, weight.split(ctx.outs), projected, grad_b.split(ctx.outs), strict=True)
+        for grad_y, rows, h, out in parts:
+            grad_y = grad_y.contiguous()
+            grad = grad_y @ rows if grad is None else grad.addmm_(grad_y, rows)
+            if grad_y.is_cuda and grad_y.dtype != torch.float32:
+                torch.mm(grad_y.T, h, out_dtype=torch.float32, out=out)
+            else:
+                out.copy_(grad_y.T @ h)
+        grad_a = lora_grad_a(x_and_down, grad[:, num_columns:], seeds, ctx.threshold, ctx.factor)
+        grad_x = lora_grad_x(grad, down, seeds, ctx.threshold, ctx.factor) if ctx.needs_input_grad[0] else None
+        grads_a, grads_b = grad_a.to(ctx.dtype).chunk(len(ctx.outs)), grad_b.to(ctx.dtype).split(ctx.outs)
+        return grad_x, None, None, None, None, None, None, *grads_a, *grads_b
 
 
 class LoraGroup(torch.nn.Module):
@@ -209,9 +176,9 @@ class LoraGroup(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One output a layer, from their input (..., in)."""
         x = x.to(self.weight.dtype)  # autocast computes layer norms in float32
-        *outputs, _ = torch.ops.latexocr.lora_linear(
-            x.flatten(0, -2), self.weight, self.bias, self.down, self.a, self.b, self.seeds, self.threshold,
-            self.factor,
+        outputs = _LoraLinear.apply(
+            x.flatten(0, -2), self.weight, self.bias, self.down, self.seeds, self.threshold, self.factor,
+            *self.a, *self.b,
         )  # fmt: skip
         return [y.unflatten(0, x.shape[:-1]) for y in outputs]
 

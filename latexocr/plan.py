@@ -347,7 +347,6 @@ def _trial(config: TrainConfig, data: Data, shape: Shape) -> Trial:
         with suppress(OutOfMemory, torch.OutOfMemoryError) if options.world_size == 1 else nullcontext():
             found = _measure(options, data, shape)
     gc.collect()  # a trainer and its accelerator refer to each other
-    torch.compiler.reset()
     if options.device.type == "cuda":
         torch.cuda.empty_cache()
     return found or Trial(*shape)

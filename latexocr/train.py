@@ -33,6 +33,7 @@ from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError, nearest
 from latexocr.evaluate import score_file
 from latexocr.images import ImagePolicy
+from latexocr.layers import kernels_available
 from latexocr.lora import runs_kernels
 from latexocr.metrics import METRICS
 from latexocr.modeling import (
@@ -126,12 +127,12 @@ class TrainConfig(TrainOptions, TrainingArguments):
         sharded = bool(self.fsdp or self.deepspeed) or any(
             os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")
         )
-        if self.compile_layers is None:
-            self.compile_layers = self.bf16 and self.flatten and on_gpu and not sharded
+        if self.fused_layers is None:
+            self.fused_layers = on_gpu and kernels_available()
         if self.fused_loss is None:
             self.fused_loss = not sharded
         if self.fused_lora is None:
-            self.fused_lora = self.compile_layers and on_gpu and runs_kernels(self.lora_r)
+            self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.fused_lora and self.flatten
         self._check_fast(on_gpu, sharded)
@@ -170,7 +171,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             )
         unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False,
                   "auto_find_batch_size": False}  # fmt: skip
-        hints = {"torch_compile": "; compile_layers compiles", "auto_find_batch_size": "; latexocr plan finds one"}
+        hints = {"torch_compile": "; fused_layers has its effect", "auto_find_batch_size": "; latexocr plan finds one"}
         if self.by_budget:
             unused["per_device_train_batch_size"] = TrainOptions.per_device_train_batch_size
             hints["per_device_train_batch_size"] = "; the budget says how large a batch is"

@@ -27,7 +27,6 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from latexocr.attention import VARLEN, set_attention
-from latexocr.compiling import CompiledLayers
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
@@ -36,6 +35,7 @@ from latexocr.evaluate import quick_scores, write_predictions
 from latexocr.generate import Generated, generate
 from latexocr.graphs import GradientBuffer, StepGraphs
 from latexocr.images import load_image
+from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
@@ -81,7 +81,8 @@ class FormulaTrainer(Trainer):
         self.eval_collator, self.lengths = eval_collator, lengths
         self._head = detach_head(self.model) if self.args.fused_loss else None
         self._loras = FusedLoras(self.model) if self.args.fused_lora else None
-        self._compiled = CompiledLayers(self.model) if self.args.compile_layers else None
+        if self.args.fused_layers:
+            fuse_layers(self.model)
         self._graphs = StepGraphs(self._captured_loss) if self.args.cuda_graphs else None
         if self._graphs:
             # Not wrapped in DDP, whose hooks hold on to the graph's nodes: one all-reduce follows the replay.
@@ -287,16 +288,13 @@ class FormulaTrainer(Trainer):
 
     @contextmanager
     def _as_for_inference(self, attention: str) -> Iterator[None]:
-        """Evaluation mode, nothing compiled, images from pixels; stock attention for padded batches."""
+        """Evaluation mode, images from pixels; stock attention for padded batches."""
         training = self.model.training
         self.model.eval()
         if self.args.flatten:
             set_attention(self.model, attention)
         try:
-            with (
-                self._compiled.paused() if self._compiled else nullcontext(),
-                self.given_features.paused() if self.given_features else nullcontext(),
-            ):
+            with self.given_features.paused() if self.given_features else nullcontext():
                 yield
         finally:
             if self.args.flatten:

@@ -31,9 +31,9 @@ SITES: dict[str, Path] = {}  # system -> folder of packages that it alone sees (
 # how this library trains: name -> options of `latexocr train`
 OURS: dict[str, dict[str, Any]] = {
     "ours": {},
-    "padded": {"flatten": False, "compile_layers": False},
-    "flattened": {"compile_layers": False},
-    "float32": {"bf16": False, "flatten": False, "compile_layers": False},
+    "padded": {"flatten": False, "fused_layers": False},
+    "flattened": {"fused_layers": False, "fused_lora": False},
+    "float32": {"bf16": False, "flatten": False, "fused_layers": False},
 }
 OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},

@@ -1,0 +1,206 @@
+"""Norms, gates, activations and rotary positions of transformers' layers, each as one kernel.
+
+Why: as transformers writes them, they are half a dozen kernels each, which read and write whole activations: a third
+of a training step. `torch.compile` makes one kernel of them too, after half a minute of compilation in every new
+environment; these are ready in a second or two, and any shape will do.
+
+Modules keep their place, their parameters and their names; only their forward pass changes, and only on a GPU.
+Everything is computed in float32 and rounded to the type of the input.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.nn.functional import layer_norm
+from transformers.activations import QuickGELUActivation
+
+ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
+
+
+def kernels_available() -> bool:
+    """Whether there is a GPU that Triton writes kernels for."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
+def takes(x: torch.Tensor) -> bool:
+    """Whether the kernels run where `x` is."""
+    return x.is_cuda
+
+
+def fuse_layers(model: torch.nn.Module) -> None:
+    """Let norms, gated MLPs, QuickGELU and rotary positions of `model` run as one kernel each, on a GPU.
+
+    Rotary positions are functions of transformers' modules: they are replaced there, for all models of these
+    families in this process; elsewhere than on a GPU they call the function they replace.
+    """
+    for part in list(model.modules()):
+        fused = _fused_class(part)
+        if fused is not None:
+            part.__class__ = fused
+        module = sys.modules[type(part).__module__]
+        for name in ROTARY:
+            function = getattr(module, name, None)
+            if function is not None and not hasattr(function, "replaced"):
+                setattr(module, name, _fused_rotary(function))
+
+
+def _fused_class(part: torch.nn.Module) -> type | None:
+    kind = type(part)
+    if issubclass(kind, _Fused):
+        return None
+    if kind is torch.nn.LayerNorm and part.elementwise_affine:
+        forward: type = FusedLayerNorm
+    elif kind is QuickGELUActivation:
+        forward = FusedQuickGELU
+    elif kind.__name__.endswith("RMSNorm") and hasattr(part, "variance_epsilon"):
+        forward = FusedRMSNorm
+    elif all(hasattr(part, name) for name in ("gate_proj", "up_proj", "down_proj")) and _is_silu(part):
+        forward = FusedGatedMlp
+    else:
+        return None
+    return _with_forward(forward, kind)
+
+
+@functools.cache
+def _with_forward(fused: type, kind: type) -> type:
+    """A class like `kind` with the forward pass of `fused`; errors and printed models name `kind`."""
+    return type(kind.__name__, (fused, kind), {"__module__": kind.__module__})
+
+
+def _is_silu(mlp: torch.nn.Module) -> bool:
+    return type(getattr(mlp, "act_fn", None)).__name__ in ("SiLU", "SiLUActivation")
+
+
+class _Fused:
+    """What a module is once it has been fused; never constructed."""
+
+
+class FusedRMSNorm(_Fused):
+    """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (RMSNorm, arXiv:1910.07467)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _RMSNorm.apply(x, self.weight, self.variance_epsilon) if takes(x) else super().forward(x)
+
+
+class FusedLayerNorm(_Fused):
+    """PyTorch's own kernel, also under autocast, which would make float32 of input and output."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not takes(x):
+            return super().forward(x)
+        with torch.autocast("cuda", enabled=False):
+            return layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+
+
+class FusedGatedMlp(_Fused):
+    """down(silu(gate(x)) * up(x))   (SwiGLU, arXiv:2002.05202)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not takes(x):
+            return super().forward(x)
+        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class FusedQuickGELU(_Fused):
+    """x * sigmoid(1.702 x)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _QuickGELU.apply(x) if takes(x) else super().forward(x)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        from latexocr import kernels
+
+        x = x.contiguous()
+        y, scale = kernels.rms_norm(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        from latexocr import kernels
+
+        x, weight, scale = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            normed = x.float() * scale.view(*x.shape[:-1], 1)
+            grad_weight = (grad * normed).flatten(0, -2).sum(0).to(weight.dtype)
+        return kernels.rms_norm_backward(grad, x, weight, scale), grad_weight, None
+
+
+class _SwiGLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        from latexocr import kernels
+
+        gate, up = gate.contiguous(), up.contiguous()
+        ctx.save_for_backward(gate, up)
+        return kernels.swiglu(gate, up)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        from latexocr import kernels
+
+        return kernels.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+class _QuickGELU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+        from latexocr import kernels
+
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        return kernels.quick_gelu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        from latexocr import kernels
+
+        return kernels.quick_gelu_backward(grad.contiguous(), *ctx.saved_tensors)
+
+
+class _Rotation(torch.autograd.Function):
+    """Pairs (x_i, x_{i + d/2}) turned by their angle (RoFormer, arXiv:2104.09864); the gradient turns back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        from latexocr import kernels
+
+        ctx.save_for_backward(cos, sin)
+        return kernels.rotate(x, cos, sin, backward=False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        from latexocr import kernels
+
+        return kernels.rotate(grad, *ctx.saved_tensors, backward=True), None, None
+
+
+def _fused_rotary(replaced: Callable) -> Callable:
+    """`apply_rotary_pos_emb` for (batch, heads, length, head_dim), or its sibling of the vision tower for (length,
+    heads, head_dim)."""
+
+    @functools.wraps(replaced)
+    def rotary(
+        q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        in_rows = q.dim() == 3
+        each = [x if in_rows else x.transpose(1, 2) for x in (q, k)]  # (..., heads, head_dim)
+        if not takes(q) or args or kwargs or any((*x.shape[:-2], x.shape[-1]) != cos.shape for x in each):
+            return replaced(q, k, cos, sin, *args, **kwargs)
+        cos, sin = cos.contiguous(), sin.contiguous()
+        q, k = (_Rotation.apply(x, cos, sin) for x in each)
+        return (q, k) if in_rows else (q.transpose(1, 2), k.transpose(1, 2))
+
+    rotary.replaced = replaced
+    return rotary
