@@ -141,6 +141,12 @@ def test_bad_prediction_files(tmp_path, content, message):
         score_file(path)
 
 
+def test_line_separators_within_a_text_end_no_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "reference": "x\u2028", "prediction": "x\x85"}\n', encoding="utf-8")
+    assert score_file(path, pictures=False).metrics["exact_match"] == 1
+
+
 def test_worst_first():
     rows = [
         {"exact_match": 1, "edit_distance": 0.0, "glyph_f1": 1.0},
