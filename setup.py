@@ -31,6 +31,8 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.5",
         "tqdm>=4.66",
+        "scipy>=1.13",
+        "matplotlib>=3.9",
     ],
     extras_require={
         "dashboard": DASHBOARD,

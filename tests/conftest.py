@@ -25,6 +25,11 @@ CHROMIUM_FLAGS = [
 MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 
 
+requires_tex = pytest.mark.skipif(
+    not (shutil.which("latex") and shutil.which("dvipng")), reason="needs the programs latex and dvipng"
+)
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
     from latexocr.build import build

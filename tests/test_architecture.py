@@ -11,8 +11,20 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {"pictures", "sources", "metrics", "evaluation", "config", "console", "stopping", "kernels", "graphs", "memory"},
-    {"images", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
+    {
+        "sandbox",
+        "pictures",
+        "sources",
+        "metrics",
+        "evaluation",
+        "config",
+        "console",
+        "stopping",
+        "kernels",
+        "graphs",
+        "memory",
+    },
+    {"images", "render", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
     {"contract", "attention", "lora", "layers"},
     {"modeling", "preprocess", "page"},
     {"collate", "build", "loss", "sampling", "vision_cache", "report"},
