@@ -159,7 +159,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
-        known = {"loss", *METRICS}
+        known = ["loss", *METRICS]
         if self.metric_for_best_model is not None and self.best_metric not in known:
             raise InputError(
                 f"metric_for_best_model {self.metric_for_best_model!r} is not measured"

@@ -141,33 +141,6 @@ def test_evaluate_and_score_agree(adapter, records, tmp_path):
     assert score_file(tmp_path / "ev/predictions.jsonl").metrics == result.metrics
 
 
-def test_score_of_a_written_file(tmp_path):
-    rows = [("x", "x"), ("x ^ 2", "x^{2}"), ("a", "b"), ("a b", "a b")]
-    lines = [json.dumps({"id": i, "reference": ref, "prediction": pred}) for i, (pred, ref) in enumerate(rows)]
-    (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    metrics = score_file(tmp_path / "p.jsonl", output_dir=tmp_path / "out").metrics
-    assert metrics["exact_match"] == 0.75 and metrics["num_rows"] == 4
-    assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such predictions file"),
-        ("", "holds no predictions"),
-        ("{", "line 1: malformed JSON"),
-        ('{"id": 1, "reference": "x"}', "line 1: needs an object with text under 'prediction'"),
-        ("[]", "needs an object with text under 'reference' and 'prediction'"),
-    ],
-)
-def test_bad_prediction_files(tmp_path, content, message):
-    path = tmp_path / "p.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(InputError, match=message):
-        score_file(path)
-
-
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_merged_equals_adapter(model_type, adapters, tmp_path):
     adapter = adapters[model_type]

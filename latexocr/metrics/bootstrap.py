@@ -56,10 +56,11 @@ class Table:
         """
         matrix = self.matrix if chosen is None else self.matrix[chosen]
         values, resamples = self._values(matrix.sum(axis=0)), self._values(resampled_sums(matrix))
+        names = [name for name, value in values.items() if not np.isnan(value)]
+        lows, highs = interval(np.array([resamples[name] for name in names]))
         return {
-            name: Estimate(float(value), *interval(resamples[name]))
-            for name, value in values.items()
-            if not np.isnan(value)
+            name: Estimate(float(values[name]), float(low), float(high))
+            for name, low, high in zip(names, lows, highs, strict=True)
         }
 
     def row_values(self) -> dict[str, np.ndarray]:
@@ -81,8 +82,8 @@ class Table:
             low, high = interval(differences)
             gain = (rows[metric.name] - other_rows[metric.name]) * (1 if metric.better == "higher" else -1)
             compared.append({
-                "metric": metric.name, "a": float(a), "b": float(b), "difference": float(a - b), "low": low,
-                "high": high, "won": int((gain > _EQUAL).sum()), "lost": int((gain < -_EQUAL).sum()),
+                "metric": metric.name, "a": float(a), "b": float(b), "difference": float(a - b), "low": float(low),
+                "high": float(high), "won": int((gain > _EQUAL).sum()), "lost": int((gain < -_EQUAL).sum()),
             })  # fmt: skip
         return compared
 
@@ -112,7 +113,7 @@ def resampled_sums(matrix: np.ndarray, *, num_resamples: int = NUM_RESAMPLES, se
     return sums
 
 
-def interval(resamples: np.ndarray) -> tuple[float, float]:
-    """The middle 95% of resampled values; resamples without a value are passed over."""
-    low, high = np.nanquantile(resamples, (0.025, 0.975))
-    return float(low), float(high)
+def interval(resamples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of the middle 95% of resampled values: (..., resamples) -> (...), (...); NaN, no value, is passed over."""
+    low, high = np.nanquantile(resamples, (0.025, 0.975), axis=-1)
+    return low, high

@@ -37,6 +37,7 @@ from latexocr.metrics.runaway import runs_away
 from latexocr.metrics.tokens import level0
 
 Rows = Sequence[Sequence[str]]  # one row: tokens, or the characters of a string
+Form = Callable[["Pairs"], tuple[Rows, Rows]]
 _NAN = float("nan")
 
 
@@ -81,20 +82,11 @@ class Pairs:
         self.predictions, self.references, self.pictures = list(predictions), list(references), pictures
         self.finished = list(finished) if finished is not None else [None] * len(references)
         self.tokens = cache(self._tokens)
+        self.ngrams = cache(partial(_ngram_counts, self))
 
     def _tokens(self, level: int) -> tuple[Rows, Rows]:
         texts = self.predictions, self.references
         return tuple([normalized_tokens(text, level=level) for text in side] for side in texts)
-
-    @cached_property
-    def words(self) -> tuple[Rows, Rows]:
-        """What stands between blanks."""
-        return [text.split() for text in self.predictions], [text.split() for text in self.references]
-
-    @cached_property
-    def squeezed(self) -> tuple[Rows, Rows]:
-        """The texts as they are, with blanks between letters only."""
-        return [squeeze(text) for text in self.predictions], [squeeze(text) for text in self.references]
 
     @cached_property
     def token_errors(self) -> np.ndarray:
@@ -189,6 +181,38 @@ def counts(pairs: Pairs) -> dict[str, float]:
     return {name: float(count) for name, count in found.items()}
 
 
+# ---- forms of the texts ------------------------------------------------------------------------------------
+
+# One bracketed word after these is text to UniMERNet, and loses all its blanks.
+_TEXT = re.compile(r"\\(?:operatorname|mathrm|mathbf|text)\s?\*? \{.*?\}")
+_NEEDLESS_BLANK = re.compile(r"(?<!\\)\s+(?![A-Za-z])|(?<![A-Za-z\\])\s+")
+
+
+def squeeze(latex: str) -> str:
+    r"""Blanks between letters only, and after the backslash of a control space; none in `\mathrm{...}`.
+
+    >>> squeeze(r"\alpha t + \mathrm { d e t } x")
+    '\\alpha t+\\mathrm{det}x'
+    """
+    return _NEEDLESS_BLANK.sub("", _TEXT.sub(lambda match: match.group().replace(" ", ""), latex))
+
+
+def _canonical(pairs: Pairs) -> tuple[Rows, Rows]:
+    return pairs.tokens(1)
+
+
+def _canonical_text(pairs: Pairs) -> tuple[Rows, Rows]:
+    return tuple([_NEEDLESS_BLANK.sub("", " ".join(row)) for row in side] for side in pairs.tokens(1))
+
+
+def _words(pairs: Pairs) -> tuple[Rows, Rows]:
+    return tuple([text.split() for text in side] for side in (pairs.predictions, pairs.references))
+
+
+def _squeezed(pairs: Pairs) -> tuple[Rows, Rows]:
+    return tuple([squeeze(text) for text in side] for side in (pairs.predictions, pairs.references))
+
+
 # ---- means -------------------------------------------------------------------------------------------------
 
 
@@ -220,7 +244,7 @@ def _runaway(pairs: Pairs) -> np.ndarray:
 # ---- edit distances ----------------------------------------------------------------------------------------
 
 
-def _distance_over_longer(pairs: Pairs, *, form: Callable[[Pairs], tuple[Rows, Rows]]) -> np.ndarray:
+def _distance_over_longer(pairs: Pairs, *, form: Form) -> np.ndarray:
     from rapidfuzz.distance import Levenshtein
 
     return _mean_of([Levenshtein.normalized_distance(a, b) for a, b in zip(*form(pairs), strict=True)])
@@ -230,14 +254,14 @@ def _distance_over_reference(pairs: Pairs) -> np.ndarray:
     """An empty reference does not count."""
     from rapidfuzz.distance import Levenshtein
 
-    rows = zip(*pairs.squeezed, strict=True)
+    rows = zip(*_squeezed(pairs), strict=True)
     return _mean_of([Levenshtein.distance(a, b) / len(b) if b else _NAN for a, b in rows])
 
 
 def _pooled_distance(pairs: Pairs) -> np.ndarray:
     from rapidfuzz.distance import Levenshtein
 
-    rows = list(zip(*pairs.words, strict=True))
+    rows = zip(*_words(pairs), strict=True)
     return np.array([(Levenshtein.distance(a, b), max(len(a), len(b))) for a, b in rows], dtype=float)
 
 
@@ -246,32 +270,12 @@ def _or_zero(sums: np.ndarray) -> np.ndarray:
     return np.nan_to_num(ratio(sums))
 
 
-# One bracketed word after these is text to UniMERNet, and loses all its blanks.
-_TEXT = re.compile(r"\\(?:operatorname|mathrm|mathbf|text)\s?\*? \{.*?\}")
-_NEEDLESS_BLANK = re.compile(r"(?<!\\)\s+(?![A-Za-z])|(?<![A-Za-z\\])\s+")
-
-
-def squeeze(latex: str) -> str:
-    r"""Blanks between letters only, and after the backslash of a control space; none in `\mathrm{...}`.
-
-    >>> squeeze(r"\alpha t + \mathrm { d e t } x")
-    '\\alpha t+\\mathrm{det}x'
-    """
-    return _NEEDLESS_BLANK.sub("", _TEXT.sub(lambda match: match.group().replace(" ", ""), latex))
-
-
-def _squeezed_tokens(pairs: Pairs) -> tuple[Rows, Rows]:
-    return tuple([_NEEDLESS_BLANK.sub("", " ".join(row)) for row in side] for side in pairs.tokens(1))
-
-
 # ---- BLEU --------------------------------------------------------------------------------------------------
 
 ORDER = 4
 
 
-def _ngram_counts(
-    pairs: Pairs, *, form: Callable[[Pairs], tuple[Rows, Rows]], tokenize: Literal["none", "13a", "char"] = "none"
-) -> np.ndarray:
+def _ngram_counts(pairs: Pairs, form: Form, tokenize: Literal["none", "13a", "char"]) -> np.ndarray:
     """Both lengths, then matching and all n-grams of the predictions for n = 1 to 4: (rows, 10)."""
     from sacrebleu.metrics import BLEU
 
@@ -308,13 +312,16 @@ def corpus_bleu(sums: np.ndarray, *, smooth: bool = True, effective_order: bool 
 
 
 def _row_bleus(pairs: Pairs) -> np.ndarray:
-    counted = _ngram_counts(pairs, form=lambda rows: rows.words)
-    return _mean_of(corpus_bleu(counted, smooth=False))
+    return _mean_of(corpus_bleu(pairs.ngrams(_words, "none"), smooth=False))
 
 
-def _bleu(name: str, what: str, *, smooth: bool = True, **counting: Any) -> Metric:
-    per_row, value = partial(_ngram_counts, **counting), partial(corpus_bleu, smooth=smooth)
-    return Metric(name, what, "higher", per_row, value, partial(corpus_bleu, effective_order=True))
+def _bleu(name: str, what: str, form: Form, tokenize: str = "none", *, smooth: bool = True) -> Metric:
+    return Metric(
+        name, what, "higher",
+        per_row=lambda pairs: pairs.ngrams(form, tokenize),
+        value=partial(corpus_bleu, smooth=smooth),
+        row_value=partial(corpus_bleu, effective_order=True),
+    )  # fmt: skip
 
 
 # ---- pictures ----------------------------------------------------------------------------------------------
@@ -344,10 +351,6 @@ def _share(name: str, what: str, per_row: Callable[[Pairs], np.ndarray], better:
     return Metric(name, what, better, per_row, ratio)
 
 
-def _canonical(pairs: Pairs) -> tuple[Rows, Rows]:
-    return pairs.tokens(1)
-
-
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -363,9 +366,9 @@ METRICS: dict[str, Metric] = {
         ),
         _share(
             "edit_distance_chars", "the same in characters of the canonical form, blanks squeezed",
-            partial(_distance_over_longer, form=_squeezed_tokens), "lower",
+            partial(_distance_over_longer, form=_canonical_text), "lower",
         ),
-        _bleu("bleu", "corpus BLEU-4 of canonical tokens, 0 to 100", form=_canonical),
+        _bleu("bleu", "corpus BLEU-4 of canonical tokens, 0 to 100", _canonical),
         _share("runaway_rate", "answers that hit the token limit or repeat themselves", _runaway, "lower"),
         Metric("render_rate", "predictions that render", "higher", _rendered, ratio, needs_pictures=True),
         _picture("picture_match", "same glyphs and rules in the same places", same_picture),
@@ -373,15 +376,11 @@ METRICS: dict[str, Metric] = {
             "picture_match_spacing", "the same up to horizontal space", partial(same_picture, horizontal_space=False)
         ),
         _picture("glyph_f1", "glyphs and rules matched one to one, mean F1 of rows", glyph_f1),
-        _bleu("bleu_chars", "corpus BLEU-4 of characters as written", form=lambda p: p.words, tokenize="char"),
-        _bleu(
-            "bleu_im2markup", "corpus BLEU-4 of words, not smoothed (im2markup)", form=lambda p: p.words,
-            smooth=False,
-        ),
+        _bleu("bleu_chars", "corpus BLEU-4 of characters as written", _words, "char"),
+        _bleu("bleu_im2markup", "corpus BLEU-4 of words, not smoothed (im2markup)", _words, smooth=False),
         _share("bleu_pix2tex", "mean BLEU-4 of rows, not smoothed (pix2tex)", _row_bleus),
         _bleu(
-            "bleu_unimernet", "corpus BLEU-4, 13a, blanks squeezed (UniMERNet)", form=lambda p: p.squeezed,
-            tokenize="13a", smooth=False,
+            "bleu_unimernet", "corpus BLEU-4, 13a, blanks squeezed (UniMERNet)", _squeezed, "13a", smooth=False
         ),
         Metric(
             "edit_distance_im2markup", "words wrong over words of the longer side, pooled (im2markup)", "lower",
@@ -393,7 +392,7 @@ METRICS: dict[str, Metric] = {
         ),
         _share(
             "edit_distance_unimernet", "characters wrong over the longer side, mean of rows (UniMERNet)",
-            partial(_distance_over_longer, form=lambda p: p.squeezed), "lower",
+            partial(_distance_over_longer, form=_squeezed), "lower",
         ),
     )
 }  # fmt: skip

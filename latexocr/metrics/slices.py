@@ -3,7 +3,7 @@ r"""What a formula is made of, so that scores can be told by length and by struc
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
@@ -17,6 +17,8 @@ STRUCTURES = {
 }
 PLAIN = "none of these"
 LENGTHS = (10, 20, 40, 80, 160)
+MAX_SOURCES = 20
+RARE = "all others"
 DEEPEST = 3  # script depths from here on are one slice
 
 
@@ -58,10 +60,12 @@ def slices_of(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def members(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
-    """Which rows are in which slice, slices in the order to show them."""
+    """Which rows are in which slice, slices in the order to show them; rare sources are one slice together."""
+    common = {source for source, _ in Counter(row.get("source") for row in rows).most_common(MAX_SOURCES)}
     found = defaultdict(list)
     for number, row in enumerate(rows):
-        for key in slices_of(row):
+        rare = row.get("source") is not None and row["source"] not in common
+        for key in slices_of({**row, "source": RARE} if rare else row):
             found[key].append(number)
     kinds = ["length", "structure", "script_depth", "source"]
     words = [*STRUCTURES, PLAIN]
