@@ -84,7 +84,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         "slices": list(slices.values()),
         "errors": _error_histogram(evaluation.rows),
         "confusions": [[*pair, count] for pair, count in confusions],
-        "comparison": evaluation.comparison,
+        "comparison": _comparison(evaluation.comparison),
         "rows": {
             **_texts(rows, [differences[number] for number in order]),
             **_values(rows),
@@ -210,6 +210,10 @@ def _all_figures(metrics: dict[str, float]) -> list[dict]:
         for name in metrics
         if name not in ends
     ]
+
+
+def _comparison(entries: list[dict] | None) -> list[dict] | None:
+    return entries and [{**entry, "better": METRICS[entry["metric"]].better} for entry in entries]
 
 
 def _slices(slices: list[dict]) -> dict[tuple[str, str], dict]:

@@ -251,7 +251,7 @@ def test_a_comparison_is_shown(tmp_path, page):
     }
     open_report(page, tmp_path / "report.html", [("x", "x")], comparison=[entry])
     cells = page.locator("section[aria-label=Comparison] td").all_inner_texts()
-    assert cells == ["Exact match", "0.5000", "0.2500", "0.2500", "0.1250", "0.3750", "", "3", "1"]
+    assert cells == ["Exact match", "0.5000", "0.2500", "+0.2500", "+0.1250", "+0.3750", "", "3", "1"]
 
 
 @pytest.mark.slow

@@ -69,8 +69,8 @@ function count(number, singular, plural = `${singular}s`) {
 function shown(value, share) {
   if (value === null || value === undefined) return "–";
   const number = share ? 100 * value : value;
-  if (!share && Number.isInteger(number)) return number.toLocaleString("en");
-  return number.toFixed(Math.abs(number) >= 99.95 || (share && number < 1 && number > 0) ? 2 : 1);
+  if (share ? number === 0 || number === 100 : Number.isInteger(number)) return number.toLocaleString("en");
+  return number.toFixed(share && (number < 1 || number > 99) ? 2 : 1);
 }
 
 // Light or dark: as the system says, until the reader says otherwise.

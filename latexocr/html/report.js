@@ -13,7 +13,7 @@ const LABELS = {
   renders: "renders", runaway: "runaway", length: "length", num_tokens: "tokens generated", exprate_1: "at most 1 error",
   exprate_2: "at most 2 errors", exprate_3: "at most 3 errors", bleu: "BLEU", bleu_chars: "BLEU of characters",
 };
-const label = (name) => LABELS[name] ?? name.replaceAll("_", " ");
+const label = (name) => LABELS[name] ?? name.replaceAll("_", " ").replace(/^bleu/, "BLEU");
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
 
 // --- what is chosen ---------------------------------------------------------------------------------------
@@ -107,7 +107,7 @@ function headline() {
       draw("svg", { viewBox: "0 0 100 9", preserveAspectRatio: "none", "aria-hidden": "true" },
         draw("rect", { class: "grid", x: 0, y: 4, width: 100, height: 0.5, "vector-effect": "non-scaling-stroke" }),
         draw("rect", { class: "bar", x: x(from), y: 2, width: Math.max(1.5, x(to) - x(from)), height: 5, rx: 1 })),
-      make("small", {}, figure.from === null ? "no interval" : `${shown(figure.from, figure.share)} – ${shown(figure.to, figure.share)}`),
+      make("small", {}, figure.from === null ? "no interval" : `${shown(figure.from, figure.share)}–${shown(figure.to, figure.share)}`),
       make("small", {}, figure.what));
   }));
 }
@@ -124,22 +124,36 @@ const exact = (value) => (value === null || value === undefined ? "" : Number.is
 
 function comparison() {
   if (!data.comparison) return null;
-  const entries = data.comparison;
-  const reach = (entry) => Math.max(Math.abs(entry.low ?? entry.difference), Math.abs(entry.high ?? entry.difference)) / (isBleu(entry.metric) ? 100 : 1);
-  const top = Math.max(1e-9, ...entries.map(reach));
-  const x = (entry, value) => 100 + (95 * value) / (isBleu(entry.metric) ? 100 : 1) / top;
+  const head = new Set(data.headline.map((figure) => figure.name));
+  const [first, others] = [data.comparison.filter((entry) => head.has(entry.metric)), data.comparison.filter((entry) => !head.has(entry.metric))];
   return make("section", { "aria-label": "Comparison" },
     make("h2", {}, "Against the baseline"),
-    make("p", { class: "soft" }, "The same rows of both files, paired. An interval that does not touch the middle line is a difference that another sample of rows would show too."),
-    make("div", { class: "scroll" }, make("table", {},
-      make("thead", {}, make("tr", {}, ["metric", "this", "baseline", "difference", "95% from", "to", "", "rows won", "lost"].map((name, i) => make("th", { class: i && i !== 6 ? "number" : null, scope: "col" }, name)))),
-      make("tbody", {}, entries.map((entry) => make("tr", {}, make("td", {}, capital(label(entry.metric))),
-        [entry.a, entry.b, entry.difference, entry.low, entry.high].map((value) => make("td", { class: "number" }, exact(value))),
-        make("td", { class: "chart" }, draw("svg", { viewBox: "0 0 200 14", width: 200, "aria-hidden": "true" },
-          draw("line", { class: "grid", x1: 100, x2: 100, y1: 0, y2: 14 }),
-          draw("line", { class: "whisker", x1: x(entry, entry.low ?? entry.difference), x2: x(entry, entry.high ?? entry.difference), y1: 7, y2: 7 }),
-          draw("circle", { class: "dot", cx: x(entry, entry.difference), cy: 7, r: 3.5 }))),
-        [entry.won, entry.lost].map((value) => make("td", { class: "number" }, exact(value)))))))));
+    make("p", { class: "soft" }, "The same rows of both files, paired. Where an interval does not touch the middle line, another sample of rows would show the difference too."),
+    differences(first),
+    others.length ? make("details", {}, make("summary", {}, `${others.length} more`), differences(others)) : null);
+}
+
+const HEAD = ["metric", "this", "baseline", "difference", "95% from", "to", "", "rows won", "lost"];
+const signed = (value) => (value > 0 ? `+${exact(value)}` : exact(value).replace("-", "−"));
+
+/** A line for each metric; all intervals to one scale, BLEU's hundred as one. */
+function differences(entries) {
+  const scale = (entry) => (isBleu(entry.metric) ? 100 : 1);
+  const top = Math.max(1e-9, ...entries.map((entry) => Math.max(Math.abs(entry.low), Math.abs(entry.high)) / scale(entry)));
+  const x = (entry, value) => 100 + (95 * value) / scale(entry) / top;
+  const verdict = (entry) => {
+    if (entry.low <= 0 && entry.high >= 0) return "";
+    return entry.low > 0 === (entry.better === "higher") ? " won" : " lost";
+  };
+  return make("div", { class: "scroll" }, make("table", {},
+    make("thead", {}, make("tr", {}, HEAD.map((name, i) => make("th", { class: i && i !== 6 ? "number" : null, scope: "col" }, name)))),
+    make("tbody", {}, entries.map((entry) => make("tr", {}, make("td", {}, capital(label(entry.metric))),
+      [exact(entry.a), exact(entry.b), signed(entry.difference), signed(entry.low), signed(entry.high)].map((text) => make("td", { class: "number" }, text)),
+      make("td", { class: `chart${verdict(entry)}` }, draw("svg", { viewBox: "0 0 200 14", width: 200, "aria-hidden": "true" },
+        draw("line", { class: "grid", x1: 100, x2: 100, y1: 0, y2: 14 }),
+        draw("line", { class: "whisker", x1: x(entry, entry.low), x2: x(entry, entry.high), y1: 7, y2: 7 }),
+        draw("circle", { class: "dot", cx: x(entry, entry.difference), cy: 7, r: 3.5 }))),
+      [entry.won, entry.lost].map((value) => make("td", { class: "number" }, exact(value))))))));
 }
 
 // --- charts -----------------------------------------------------------------------------------------------
@@ -286,12 +300,12 @@ function drawTools() {
     choice("show", "Which rows", SHOW.map(([name, text]) => option("show", name, text))),
     ...(data.slices.length ? [sliceChoice()] : []),
     choice("sort", "Order", SORT.map(([name, text]) => option("sort", name, text))),
-    ...(state.confusion === "" ? [] : [chip("confusion", !confused[1] ? `${confused[0]} left out` : !confused[0] ? `${confused[1]} made up` : `${confused[0]} → ${confused[1]}`)]),
-    ...(state.errors === "" ? [] : [chip("errors", `${data.errors.buckets[Number(state.errors)].name} token errors`)]),
     make("div", { class: "pager" },
       make("button", { type: "button", id: "previous", "aria-label": "Previous page", title: "Previous page (p)", disabled: state.page === 0, click: turn(-1) }, "‹"),
       make("span", { role: "status", "aria-live": "polite" }, `${first.toLocaleString("en")}–${last.toLocaleString("en")} of ${found.length.toLocaleString("en")}`),
-      make("button", { type: "button", id: "next", "aria-label": "Next page", title: "Next page (n)", disabled: state.page >= pages - 1, click: turn(1) }, "›")));
+      make("button", { type: "button", id: "next", "aria-label": "Next page", title: "Next page (n)", disabled: state.page >= pages - 1, click: turn(1) }, "›")),
+    ...(state.confusion === "" ? [] : [chip("confusion", !confused[1] ? `${confused[0]} left out` : !confused[0] ? `${confused[1]} made up` : `${confused[0]} → ${confused[1]}`)]),
+    ...(state.errors === "" ? [] : [chip("errors", `${data.errors.buckets[Number(state.errors)].name} token errors`)]));
   if (document.activeElement !== search) search.value = state.search;
   if (focused) document.getElementById(focused)?.focus();
 }
@@ -353,7 +367,7 @@ function diff(i) {
 
 function more(i) {
   const text = (name, caption) => make("div", { class: "text" }, make("small", {}, caption), make("pre", {}, rows[name][i] || "(empty)"),
-    make("button", { type: "button", click: (event) => copy(rows[name][i], event.target) }, "Copy"));
+    make("button", { class: "plain", type: "button", click: (event) => copy(rows[name][i], event.target) }, "Copy"));
   const values = Object.keys(LABELS).filter((name) => has(name) && rows[name][i] !== null);
   const places = rows.slices[i].map((number) => `${label(data.slices[number].by)} ${data.slices[number].slice}`);
   return make("div", { class: "more" }, text("prediction", "Prediction as it came"), text("reference", "Reference as it came"),
