@@ -12,6 +12,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["latexocr", "latexocr.*"]),
+    package_data={"latexocr": ["html/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",
@@ -30,6 +31,8 @@ setup(
         "pyyaml>=6",
         "safetensors>=0.5",
         "tqdm>=4.66",
+        "scipy>=1.13",
+        "matplotlib>=3.9",
     ],
     extras_require={
         "dashboard": DASHBOARD,

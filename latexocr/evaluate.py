@@ -303,6 +303,7 @@ def _counts(rows: Sequence[dict[str, Any]], pairs: Pairs) -> dict[str, float]:
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
     from latexocr.contract import write_text
+    from latexocr.report import write_report
 
     write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2) + "\n")
     write_text(folder / "slices.csv", _csv(evaluation.slices))
@@ -310,6 +311,7 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "rows.csv", _csv(rows))
     if evaluation.comparison is not None:
         write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
+    write_report(evaluation, folder / "report.html")
 
 
 def _cell(value: Any) -> Any:

@@ -1,0 +1,369 @@
+r"""LaTeX -> glyph and rule boxes, and pictures; whatever the text, it costs only itself.
+
+Why: the honest comparison of two formulas is what they print. Many formulas go through one `latex` run, a page
+each, and the boxes are read from the DVI file; a picture is drawn from the boxes, so that nothing but glyphs and
+rules of a formula ever reaches the drawing program. Without TeX, matplotlib's mathtext stands in: it knows less
+LaTeX, and `Rendering.engine` says so.
+
+The texts come from a model or a data set: they are programs of strangers. A text runs without shell, in a private
+folder, within limits of time, memory and file size. One that could change what TeX does for its neighbours (it
+defines, assigns, reads or writes) runs in a process of its own; the others share one, and known formulas between
+them must come out as they should, or the part is run again.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from latexocr import sandbox
+from latexocr.errors import InputError
+
+logger = logging.getLogger(__name__)
+
+Engine = Literal["latex", "mathtext"]
+
+BATCH_SIZE = 500
+# Real formulas: at most 3,000 characters, 15 deep. TeX itself stops at 255 open groups.
+MAX_CHARACTERS = 20_000
+MAX_DEPTH = 100
+_PROBE_EVERY = 50
+_POINTS_PER_BIG_POINT = 72.27 / 72
+
+
+class Glyph(NamedTuple):
+    """One printed character. Lengths in TeX points (72.27 an inch); x to the right, y upwards from the baseline."""
+
+    font: str
+    size: float
+    code: int
+    x: float
+    y: float
+    width: float
+
+
+class Rule(NamedTuple):
+    """A black rectangle: fraction bar, root, line of an array. (x, y) is its lower left corner, in TeX points."""
+
+    x: float
+    y: float
+    width: float
+    height: float
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """What a formula prints, in the order in which TeX prints it; `error` is None if it renders."""
+
+    glyphs: tuple[Glyph, ...]
+    rules: tuple[Rule, ...]
+    error: str | None
+    engine: Engine
+
+
+def engine_available() -> Engine:
+    """`latex` where the programs `latex` and `dvipng` are installed, else `mathtext`."""
+    return "latex" if shutil.which("latex") and shutil.which("dvipng") else "mathtext"
+
+
+def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: float = 5.0) -> list[Rendering]:
+    r"""Typeset formulas in display style; a text that fails has `error` set and no boxes.
+
+    Around and in the formula, what only a document needs is accepted: a Markdown fence, `$ $`, `\[ \]`, comments,
+    `\label`, `\nonumber`; `align` and its kin are set as `aligned`. Equal texts are typeset once.
+
+    Args:
+        formulas: LaTeX texts, trusted or not.
+        engine: which program; None takes `engine_available()`.
+        seconds: wall time that one formula may take before it is stopped; typical is 0.001.
+
+    Raises:
+        InputError: `engine` is unknown or not installed.
+    """
+    engine = engine or engine_available()
+    if engine not in ("latex", "mathtext"):
+        raise InputError(f"engine {engine!r} is unknown; use latex or mathtext")
+    if engine == "latex" and engine_available() != "latex":
+        raise InputError("engine latex needs the programs latex and dvipng; install TeX Live, or use mathtext")
+    refused: dict[str, Rendering] = {}
+    batched: list[str] = []
+    alone: list[str] = []
+    for text in dict.fromkeys(formulas):
+        reason = _refusal(text)
+        if reason:
+            refused[text] = _failed(reason, engine)
+        else:
+            (alone if _PROGRAMS.search(text) else batched).append(text)
+    done = dict(refused)
+    if engine == "mathtext":
+        from latexocr.mathtext import render_one
+
+        done.update((text, render_one(text)) for text in [*batched, *alone])
+    else:
+        for start in range(0, len(batched), BATCH_SIZE):
+            _typeset(batched[start : start + BATCH_SIZE], seconds, done)
+        for text in alone:
+            _typeset([text], seconds, done)
+    return [done[text] for text in formulas]
+
+
+def _failed(reason: str, engine: Engine) -> Rendering:
+    return Rendering((), (), reason, engine)
+
+
+# --- what the text may be -----------------------------------------------------------------------------------------
+
+# Words that reach beyond the formula they stand in: they define, assign globally, read, write, expand, branch or
+# end. `^^` writes any character in disguise. A formula with one of them runs alone.
+_PROGRAMS = re.compile(
+    r"\^\^|\\(?:begin|end)\s*\{\s*(?:document|filecontents|verbatim|lrbox|thebibliography)"
+    r"|\\(?:[gex]?def|let|futurelet|global\w*|long|outer|protected|immediate|afterassignment|aftergroup|expandafter"
+    r"|noexpand|csname|endcsname|the|string|meaning|jobname|scantokens|(?:lower|upper)case|mag|language"
+    r"|(?:cat|lc|uc|math|del|sf)code|(?:math)?chardef|(?:count|dimen|skip|muskip|toks|box|insert)(?:def)?"
+    r"|advance|multiply|divide|fontdimen|(?:hyphen|skew)char|font|(?:text|script|scriptscript)font|setbox|wd|ht|dp"
+    r"|input\w*|endinput|include\w*|(?:open|close)(?:in|out)|read\w*|write\w*|special|type(?:out|in)|message|err\w+"
+    r"|show\w*|shipout|output\w*|deadcycles|(?:begin|end)group|[be]group|if(?!f(?![a-z]))\w*|else|fi|or|loop|repeat"
+    r"|end(?!\s*\{)|bye|stop|dump|(?:batch|nonstop|scroll|errorstop)mode|every\w+|tracing\w+|pdf\w+|new\w+|renew\w+"
+    r"|provide\w+|Declare\w+|At(?:Begin|End)\w+|usepackage|Require\w+|documentclass|makeat\w+|ExplSyntax\w+"
+    r"|(?:set|addto|step|refstep)counter|verb|lstinline|bibliography\w*|hyphenation|patterns|parshape)(?![A-Za-z])"
+)
+_COMMENT = re.compile(r"(\\.)|%[^\r\n]*", re.DOTALL)
+_SPACED_PRIMES = re.compile(r"'\s+(?=['^])")  # data sets write tokens apart; TeX wants x''^2 together
+_FENCE = re.compile(r"```(?:latex|tex|math)?(.*?)```", re.DOTALL | re.IGNORECASE)
+_NESTING = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}|\\.|[{}$]", re.DOTALL)
+
+
+def _bare(text: str) -> str:
+    """One line without fence, comments and enclosing dollars."""
+    fenced = _FENCE.fullmatch(text.strip())
+    text = _COMMENT.sub(lambda match: match[1] or "", fenced[1] if fenced else text)
+    text = " ".join(text.split())
+    while len(text) > 1 and text[0] == text[-1] == "$" and text[-2] != "\\":
+        text = text[1:-1].strip()
+    return _SPACED_PRIMES.sub("'", text)
+
+
+def _refusal(text: str) -> str | None:
+    """Why TeX need not be asked: it could not set this, and might take the formulas behind it along."""
+    if len(text) > MAX_CHARACTERS:
+        return f"longer than {MAX_CHARACTERS} characters"
+    text = _bare(text)
+    if not text:
+        return "empty"
+    if text.endswith("\\") and (len(text) - len(text.rstrip("\\"))) % 2:
+        return "ends in a backslash"
+    if any(character < " " or character == "\x7f" for character in text):
+        return "control character"
+    open_groups, dollars = [], 0
+    for match in _NESTING.finditer(text):
+        token = match[0]
+        if token == "{" or token.startswith("\\begin"):
+            open_groups.append(match[1])
+            if len(open_groups) > MAX_DEPTH:
+                return f"nested more than {MAX_DEPTH} deep"
+        elif token == "}" or token.startswith("\\end"):
+            if not open_groups or open_groups.pop() != match[1]:
+                return "unbalanced groups"
+        elif token == "$":
+            dollars += 1
+    return "unbalanced groups" if open_groups or dollars % 2 else None
+
+
+# --- one run of latex ---------------------------------------------------------------------------------------------
+
+_PACKAGES = ("mathtools", "mathrsfs", "bm", "stmaryrd", "xcolor", "cancel", "dsfont", "bbm", "braket", "upgreek")
+_PREAMBLE = (
+    r"\documentclass{article}\usepackage{amsmath,amssymb}"
+    + "".join(rf"\IfFileExists{{{name}.sty}}{{\usepackage{{{name}}}}}{{}}" for name in _PACKAGES)
+    + r"""
+\makeatletter
+\tracinglostchars=3
+\begin{document}
+\def\[{}\def\]{}\def\({}\def\){}
+\let\equation\relax\let\endequation\relax
+\expandafter\let\csname equation*\endcsname\relax\expandafter\let\csname endequation*\endcsname\relax
+\let\displaymath\relax\let\enddisplaymath\relax\let\math\relax\let\endmath\relax
+\def\lx@as#1#2{\expandafter\let\csname#1\expandafter\endcsname\csname#2\endcsname
+  \expandafter\let\csname end#1\expandafter\endcsname\csname end#2\endcsname}
+\@for\lx@name:=align,align*,flalign,flalign*,eqnarray,eqnarray*,split\do{\lx@as\lx@name{aligned}}
+\@for\lx@name:=gather,gather*,multline,multline*\do{\lx@as\lx@name{gathered}}
+\@for\lx@name:=alignat,alignat*,xalignat,xalignat*\do{\lx@as\lx@name{alignedat}}
+\let\label\@gobble\let\nonumber\relax\let\notag\relax
+\def\tag{\@ifstar{\qquad\text}{\lx@tag}}\def\lx@tag#1{\qquad\text{(#1)}}
+\let\eqno\qquad\let\leqno\qquad
+\let\lx@shipout\shipout
+\newcount\lx@page
+"""
+)
+# \lx@begin: TeX must be as it was before the first formula, or the one before has not ended: then stop here.
+# \lx@end ships the box as a page whose first box, one scaled point high, is as many scaled points wide as the
+# formula's place and one; its baseline is at y = 0. \par ends TeX's count of errors, which stops it at 100.
+_COMMANDS = r"""
+\def\lx@begin#1{\ifnum\currentgrouplevel=0 \ifvmode\else\lx@stop\fi\else\lx@stop\fi
+  \global\lx@page=#1 \global\advance\lx@page1 \noindent\par\message{^^JNONCE#1 }\setbox0\hbox\bgroup}
+\def\lx@stop{\message{^^JNONCE-1 }\batchmode\read16 to\lx@name}
+\def\lx@end{\egroup\ht0=0pt\dp0=0pt
+  \lx@shipout\hbox{\hbox to0pt{\vrule height1sp depth0pt width\lx@page sp\hss}\box0}}
+\makeatother
+"""
+_PROBE = (
+    r"\frac{a}{\sqrt{b}}\left(\begin{matrix}x&y\\z&w\end{matrix}\right)\sum_{i=1}^{n}\hat{\alpha}_i'"
+    r"\mathcal{L}\,\mathrm{d}\mathbf{x}\mathbb{R}\text{ if }\overline{\beta}\to\infty"
+)
+
+
+class _Run(NamedTuple):
+    """What came of one process: pages and first error by place in the list, and where it stopped short."""
+
+    pages: dict[int, Rendering]
+    errors: dict[int, str]
+    last: int  # the place whose formula was begun last
+    finished: bool
+
+
+def _typeset(formulas: list[str], seconds: float, done: dict[str, Rendering]) -> None:
+    """Fill `done`; formulas that stop TeX are taken out, and those that may have suffered run again."""
+    while formulas:
+        places = _with_probes(formulas)
+        run = _run_latex([_PROBE if text is None else text for text in places], seconds)
+        good = _accept(places, run, done)
+        if run.finished and good == len(places):
+            return
+        culprit = places[run.last] if 0 <= run.last < len(places) and not run.finished else None
+        if run.last < 0:
+            raise RuntimeError(f"latex did not start: {run.errors.get(-1, 'no output')}")
+        if culprit is not None:
+            done[culprit] = _failed(run.errors.get(run.last, f"stopped after {seconds:g} s"), "latex")
+        formulas = [text for text in places[good:] if text is not None and text is not culprit]
+        if culprit is None and len(formulas) > 1:  # one of them spoils the others: halve
+            half = len(formulas) // 2
+            _typeset(formulas[:half], seconds, done)
+            formulas = formulas[half:]
+
+
+def _with_probes(formulas: list[str]) -> list[str | None]:
+    """Formulas with a probe (None) first, last and every so often; one that runs alone has nobody to spoil."""
+    if len(formulas) == 1:
+        return list(formulas)
+    places: list[str | None] = []
+    for start in range(0, len(formulas), _PROBE_EVERY):
+        places += [None, *formulas[start : start + _PROBE_EVERY]]
+    return [*places, None]
+
+
+def _accept(places: list[str | None], run: _Run, done: dict[str, Rendering]) -> int:
+    """Take results up to the last probe that came out like the first; returns the place behind them."""
+    if len(places) == 1:
+        good = int(run.finished)
+    else:
+        good = 0
+        for place, text in enumerate(places):
+            if text is None:
+                page = run.pages.get(place)
+                if page is None or page != run.pages.get(0) or place in run.errors:
+                    break
+                good = place + 1
+    for place in range(good):
+        text = places[place]
+        if text is not None:
+            reason = run.errors.get(place) or (None if place in run.pages else "no output")
+            done[text] = _failed(reason, "latex") if reason else run.pages[place]
+    return good
+
+
+def _run_latex(formulas: list[str], seconds: float) -> _Run:
+    # Neither the file's name nor the marker can be guessed by a formula.
+    name, nonce = secrets.token_hex(8), secrets.token_hex(8)
+    lines = [
+        rf"\csname lx@begin\endcsname{{{k}}}$\displaystyle{{{_bare(f)}}}$\csname lx@end\endcsname"
+        for k, f in enumerate(formulas)
+    ]
+    body = _PREAMBLE + _COMMANDS.replace("NONCE", nonce) + "\n".join(lines) + "\n\\csname @@end\\endcsname\n"
+    with tempfile.TemporaryDirectory(prefix="latexocr-") as folder:
+        Path(folder, f"{name}.tex").write_text(body, encoding="utf-8", errors="replace")
+        command = ["latex", "-no-shell-escape", "-interaction=nonstopmode", "-jobname=out", f"{name}.tex"]
+        output = sandbox.run(command, folder=folder, seconds=seconds, progress=nonce.encode())
+        last, errors, finished = _read_messages(output.text, nonce)
+        pages = _read_pages(Path(folder, "out.dvi"))
+    return _Run(pages, errors, last, finished and output.finished)
+
+
+def _read_messages(text: str, nonce: str) -> tuple[int, dict[int, str], bool]:
+    """The last formula begun, the first error of each, and whether the end was reached."""
+    place, errors, finished = -1, {}, True
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        if line.startswith(nonce):
+            found = int(line[len(nonce) :].split()[0])
+            if found == -1:
+                finished = False
+                errors.setdefault(place, "unbalanced groups")
+                break
+            place = found
+        elif line.startswith("! ") or line.startswith("Missing character:"):
+            errors.setdefault(place, _message(line, lines[number + 1 : number + 12]))
+            if line.startswith("! Emergency stop") or line.startswith("! TeX capacity") or "fatal" in line.lower():
+                finished = False
+    return place, errors, finished
+
+
+def _message(line: str, following: list[str]) -> str:
+    """TeX's first line; for an unknown command also which."""
+    message = line.removeprefix("! ").rstrip(".")
+    if message == "Undefined control sequence":
+        context = next((other for other in following if other.startswith("l.")), "")
+        word = re.search(r"(\\(?:[A-Za-z]+|.))\s*$", context)
+        return f"{message} {word[1]}" if word else message
+    return message
+
+
+def _read_pages(dvi: Path) -> dict[int, Rendering]:
+    """Boxes of every page that is there, by the number that its first box carries."""
+    from matplotlib import dviread
+
+    pages: dict[int, Rendering] = {}
+    if not dvi.exists():
+        return pages
+    with dviread.Dvi(str(dvi), None) as reader:
+        for page in _until_broken(reader):
+            if page.boxes and page.boxes[0].height == 1:
+                pages[page.boxes[0].width - 1] = _rendering(page)
+    return pages
+
+
+def _until_broken(reader) -> Iterator:
+    """The pages of a DVI file whose end may be missing because TeX was stopped."""
+    try:
+        yield from reader
+    except (IndexError, ValueError, OSError) as error:
+        logger.debug("DVI file ends early: %s", error)
+
+
+def _rendering(page) -> Rendering:
+    point, baseline = 65536, page.boxes[0].y
+    glyphs = tuple(
+        Glyph(
+            _name(text.font.texname),
+            round(text.font.size * _POINTS_PER_BIG_POINT, 2),
+            text.glyph,
+            text.x / point,
+            (baseline - text.y) / point,
+            text.width / point,
+        )
+        for text in page.text
+    )
+    rules = tuple(
+        Rule(b.x / point, (baseline - b.y) / point, b.width / point, b.height / point) for b in page.boxes[1:]
+    )
+    return Rendering(glyphs, rules, None, "latex")
+
+
+def _name(texname: str | bytes) -> str:
+    return texname.decode("ascii", "replace") if isinstance(texname, bytes) else texname
