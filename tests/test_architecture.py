@@ -12,7 +12,6 @@ from conftest import ROOT
 LAYERS = (
     {"latexocr", "errors"},
     {
-        "sandbox",
         "pictures",
         "sources",
         "metrics",
@@ -23,9 +22,11 @@ LAYERS = (
         "kernels",
         "graphs",
         "memory",
-    },
-    {"images", "render", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
-    {"contract", "attention", "lora", "layers"},
+        "sandbox",
+        "dvi",
+    },  # fmt: skip
+    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
+    {"render", "contract", "attention", "lora", "layers"},
     {"modeling", "preprocess", "page"},
     {"collate", "build", "loss", "sampling", "vision_cache", "report"},
     {"decoding"},

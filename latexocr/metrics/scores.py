@@ -33,6 +33,7 @@ import numpy as np
 
 from latexocr.errors import InputError
 from latexocr.metrics.canonical import level1, normalized_tokens
+from latexocr.metrics.glyphs import glyph_f1, same_picture
 from latexocr.metrics.runaway import runs_away
 from latexocr.metrics.tokens import level0
 
@@ -43,18 +44,6 @@ _NAN = float("nan")
 
 def is_formula(latex: str) -> bool:
     return level1(level0(latex)) is not None
-
-
-def same_picture(*args: Any, **options: Any) -> bool:
-    from latexocr.metrics.glyphs import same_picture
-
-    return same_picture(*args, **options)
-
-
-def glyph_f1(*args: Any) -> float:
-    from latexocr.metrics.glyphs import glyph_f1
-
-    return glyph_f1(*args)
 
 
 class Pairs:
