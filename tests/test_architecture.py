@@ -11,21 +11,9 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {
-        "pictures",
-        "sources",
-        "metrics",
-        "evaluation",
-        "config",
-        "console",
-        "stopping",
-        "kernels",
-        "graphs",
-        "memory",
-        "sandbox",
-        "dvi",
-    },  # fmt: skip
-    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "tracking_worker", "families"},
+    {"sandbox", "dvi", "tracking_worker", "evaluation"},
+    {"pictures", "sources", "metrics", "config", "console", "stopping", "kernels", "graphs", "memory"},
+    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families"},
     {"render", "contract", "attention", "lora", "layers"},
     {"modeling", "preprocess", "page"},
     {"collate", "build", "loss", "sampling", "vision_cache", "report"},
