@@ -309,7 +309,9 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "slices.csv", _csv(evaluation.slices))
     rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
     write_text(folder / "rows.csv", _csv(rows))
-    if evaluation.comparison is not None:
+    if evaluation.comparison is None:
+        (folder / "comparison.json").unlink(missing_ok=True)  # of an earlier score with a baseline
+    else:
         write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
     write_report(evaluation, folder / "report.html")
 

@@ -55,7 +55,7 @@ def test_text_figures_rows_and_slices(tmp_path):
         "high": 1,
     }  # fmt: skip
     assert slices["source", "book"]["value"] == 0.25
-    assert [found.rows[number]["id"] for number in found.worst_first()] == ["malformed", "spaced", "wrong", "right"]
+    assert [found.rows[number]["id"] for number in found.worst_first()] == ["spaced", "malformed", "wrong", "right"]
 
 
 @requires_tex

@@ -79,9 +79,7 @@ FONT_SWITCHES = {
 }
 # Groups by another name: the class they give an atom shows in the space around it only.
 CLASSES = frozenset(_commands("mathrel mathbin mathord mathopen mathclose mathpunct mathinner"))
-ACCENTS = frozenset(
-    _commands("hat tilde bar vec dot ddot dddot check breve acute grave mathring widehat widetilde")
-)
+ACCENTS = frozenset(_commands("hat tilde bar vec dot ddot dddot check breve acute grave mathring widehat widetilde"))
 _LONG_ACCENTS = _commands(
     """
     overline overbrace underbrace overrightarrow overleftarrow overleftrightarrow underrightarrow underleftarrow
