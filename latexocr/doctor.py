@@ -12,10 +12,10 @@ import json as json_format
 import math
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -25,7 +25,10 @@ from latexocr.findings import CHECKS, Case, Facts, Row, find
 from latexocr.images import ImagePolicy
 from latexocr.likeness import look
 from latexocr.metrics.tokens import tokenize
-from latexocr.pictures import PictureError, flatten, is_blank, load_picture
+from latexocr.pictures import PictureError, flatten, load_picture
+
+if TYPE_CHECKING:
+    from latexocr.page import Pictures
 
 BATCH_ROWS = 256  # pictures in memory together
 EXAMPLES = 3  # cases of a finding in the text report
@@ -85,7 +88,8 @@ class Diagnosis:
         lines = [f"{' and '.join(self.data)}: {len(self.rows):,} rows, {self.num_formulas:,} formulas"]
         lines += ["", " " * 16 + "".join(f"{name:>9}" for name in QUANTILES)]
         lines += [
-            f"{name:<16}" + "".join(f"{value:>9,}" for value in values.values()) for name, values in self.sizes().items()
+            f"{name:<16}" + "".join(f"{value:>9,}" for value in values.values())
+            for name, values in self.sizes().items()
         ]
         lines += ["", "what the image policy does"]
         lines += [f"  {one.which:<10}{one}  {self.rows[one.row].where}" for one in self.treatments]
@@ -113,23 +117,22 @@ class Diagnosis:
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """What is measured -> quantile -> value."""
-        return {
-            name: dict(zip(QUANTILES, np.percentile(values, [*QUANTILES.values()]).round().astype(int).tolist(), strict=True))
-            for name, values in self.lengths.items()
-            if values
-        }
+        measured = {name: values for name, values in self.lengths.items() if values}
+        quantiles = {name: np.percentile(values, [*QUANTILES.values()]) for name, values in measured.items()}
+        return {name: dict(zip(QUANTILES, map(round, found), strict=True)) for name, found in quantiles.items()}
 
     def to_json(self) -> str:
         """Everything, with all rows of all cases."""
+
+        def described(row: int) -> dict[str, str]:
+            return {"where": self.rows[row].where, "text": self.rows[row].text}
+
         findings = [
             {
                 "name": name,
                 **CHECKS[name]._asdict(),
                 "num_rows": self.num_rows(name),
-                "cases": [
-                    {"why": why, "rows": [{"where": self.rows[row].where, "text": self.rows[row].text} for row in rows]}
-                    for rows, why in cases
-                ],
+                "cases": [{"why": case.why, "rows": [described(row) for row in case.rows]} for case in cases],
             }
             for name, cases in self.findings.items()
         ]
@@ -340,25 +343,23 @@ def _write_html(diagnosis: Diagnosis, facts: Facts, path: Path) -> None:
         "histograms": {name: histogram(values) for name, values in diagnosis.lengths.items() if values},
         "findings": findings,
         "treatments": [{"which": one.which, "row": one.row, "what": str(one)} for one in diagnosis.treatments],
-        "rows": _shown_rows(facts, needed, pictures, diagnosis),
+        "rows": _shown_rows(facts, needed, pictures),
     }
     title = f"Doctor: {', '.join(Path(name).name for name in diagnosis.data)}"
     write_page(path, name="doctor", title=title, data=data, pictures=pictures)
 
 
-def _shown_rows(facts: Facts, needed: set[int], pictures: Pictures, diagnosis: Diagnosis) -> dict[str, dict]:
+def _shown_rows(facts: Facts, needed: set[int], pictures: Pictures) -> dict[str, dict]:
     """What the page shows of a row: its picture, its text, and what the text prints."""
-    from latexocr.page import printed_picture, small_picture
-    from latexocr.render import render_pngs
+    from latexocr.page import PRINT_DPI, small_picture
+    from latexocr.render import draw
 
-    max_bytes = PICTURE_BYTES // max(1, len(needed))
     readable = {row for row in needed if facts.rows[row].size}
+    max_bytes = PICTURE_BYTES // max(1, len(needed))
     photographs = {row: pictures.add(small_picture(image, max_bytes)) for row, image in facts.load(readable)}
-    texts = list(dict.fromkeys(facts.rows[row].text for row in sorted(needed))) if diagnosis.has_latex else []
-    drawings = {
-        text: None if png is None else pictures.add(printed_picture(png))
-        for text, png in zip(texts, render_pngs(texts), strict=True)
-    }
+    texts = [text for text in {facts.rows[row].text for row in needed} if text in facts.renderings]
+    drawn = draw([facts.renderings[text] for text in texts], dpi=PRINT_DPI)
+    drawings = dict(zip(texts, map(pictures.add_print, drawn), strict=True))
     return {
         str(row): {
             "where": facts.rows[row].where,

@@ -58,7 +58,7 @@ CHECKS = {
         "warning", "pictures whose shape does not fit their text", "look at them: the text may be another picture's"
     ),
     "stretched": Check("warning", "pictures that the image policy stretches", "train with --image_mode fit"),
-    "shrunk": Check("warning", "pictures that the image policy shrinks to less than half", "raise --max_visual_tokens"),
+    "shrunk": Check("warning", "pictures that the image policy shrinks below half", "raise --max_visual_tokens"),
     "spellings": Check(
         "warning", "formulas that are spelled in several ways", "choose one: normalize(text, level=1) is one"
     ),
@@ -207,9 +207,16 @@ def _prints(rendering: Any) -> bool:
 
 def _print(rendering: Any) -> Hashable:
     """Equal for renderings of the same glyphs and rules in the same places, to a tenth of a point."""
-    left, top = (min(values) for values in zip(*((one.x, one.y) for one in (*rendering.glyphs, *rendering.rules)), strict=True))
-    glyphs = sorted((one.font, one.size, one.code, round(one.x - left, 1), round(one.y - top, 1)) for one in rendering.glyphs)
-    rules = sorted(tuple(round(value, 1) for value in (one.x - left, one.y - top, one.width, one.height)) for one in rendering.rules)
+    left, top = (
+        min(values) for values in zip(*((one.x, one.y) for one in (*rendering.glyphs, *rendering.rules)), strict=True)
+    )
+    glyphs = sorted(
+        (one.font, one.size, one.code, round(one.x - left, 1), round(one.y - top, 1)) for one in rendering.glyphs
+    )
+    rules = sorted(
+        tuple(round(value, 1) for value in (one.x - left, one.y - top, one.width, one.height))
+        for one in rendering.rules
+    )
     return tuple(glyphs), tuple(rules)
 
 
@@ -220,7 +227,10 @@ def _variants(rows: list[int], texts: list[str]) -> Case:
     for row in rows:
         first.setdefault(texts[row], row)
     shown = [first[text] for text, _ in counts.most_common()]
-    return Case([*shown, *(row for row in rows if row not in set(shown))], " / ".join(f"{n} x {text}" for text, n in counts.most_common(4)))
+    return Case(
+        [*shown, *(row for row in rows if row not in set(shown))],
+        " / ".join(f"{n} x {text}" for text, n in counts.most_common(4)),
+    )
 
 
 def likeness(facts: Facts) -> Cases:
@@ -266,7 +276,10 @@ def leaked_texts(facts: Facts) -> Cases:
     for rows in _groups(facts.texted, facts.canonical(1).__getitem__):
         training = [row for row in rows if facts.rows[row].side == "train"]
         if 0 < len(training) < len(rows):
-            yield "leaked_texts", Case([*(row for row in rows if facts.rows[row].side == "val"), training[0]], facts.rows[rows[0]].text)
+            yield (
+                "leaked_texts",
+                Case([*(row for row in rows if facts.rows[row].side == "val"), training[0]], facts.rows[rows[0]].text),
+            )
 
 
 def shapes(facts: Facts) -> Cases:

@@ -18,12 +18,13 @@ import re
 import secrets
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from latexocr import sandbox
+from latexocr import dvi, mathtext, sandbox
+from latexocr.dvi import Glyph, Rule
 from latexocr.errors import InputError
 
 logger = logging.getLogger(__name__)
@@ -34,28 +35,9 @@ BATCH_SIZE = 500
 # Real formulas: at most 3,000 characters, 15 deep. TeX itself stops at 255 open groups.
 MAX_CHARACTERS = 20_000
 MAX_DEPTH = 100
+MAX_SIDE_PX = 20_000
+DRAWING_SECONDS = 20.0
 _PROBE_EVERY = 50
-_POINTS_PER_BIG_POINT = 72.27 / 72
-
-
-class Glyph(NamedTuple):
-    """One printed character. Lengths in TeX points (72.27 an inch); x to the right, y upwards from the baseline."""
-
-    font: str
-    size: float
-    code: int
-    x: float
-    y: float
-    width: float
-
-
-class Rule(NamedTuple):
-    """A black rectangle: fraction bar, root, line of an array. (x, y) is its lower left corner, in TeX points."""
-
-    x: float
-    y: float
-    width: float
-    height: float
 
 
 @dataclass(frozen=True)
@@ -67,6 +49,17 @@ class Rendering:
     error: str | None
     engine: Engine
 
+    def png(self, *, dpi: int = 150) -> bytes:
+        """The print, black on white, cropped to the ink; many at once are quicker through `render_pngs`.
+
+        Raises:
+            InputError: nothing to draw, because the formula does not render or is too large for a picture.
+        """
+        (picture,) = draw([self], dpi=dpi)
+        if picture is None:
+            raise InputError(f"there is no picture to draw: {self.error or 'blank, or too large'}")
+        return picture
+
 
 def engine_available() -> Engine:
     """`latex` where the programs `latex` and `dvipng` are installed, else `mathtext`."""
@@ -77,7 +70,8 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
     r"""Typeset formulas in display style; a text that fails has `error` set and no boxes.
 
     Around and in the formula, what only a document needs is accepted: a Markdown fence, `$ $`, `\[ \]`, comments,
-    `\label`, `\nonumber`; `align` and its kin are set as `aligned`. Equal texts are typeset once.
+    `\label`, `\nonumber`; `align` and its kin are set as `aligned`, a `\tag` behind the formula. Equal texts are
+    typeset once.
 
     Args:
         formulas: LaTeX texts, trusted or not.
@@ -92,37 +86,89 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
         raise InputError(f"engine {engine!r} is unknown; use latex or mathtext")
     if engine == "latex" and engine_available() != "latex":
         raise InputError("engine latex needs the programs latex and dvipng; install TeX Live, or use mathtext")
-    refused: dict[str, Rendering] = {}
-    batched: list[str] = []
+    done: dict[str, Rendering] = {}
+    batch: list[str] = []
     alone: list[str] = []
     for text in dict.fromkeys(formulas):
         reason = _refusal(text)
         if reason:
-            refused[text] = _failed(reason, engine)
+            done[text] = _failed(reason, engine)
+        elif engine == "mathtext":
+            done[text] = _mathtext(text)
         else:
-            (alone if _PROGRAMS.search(text) else batched).append(text)
-    done = dict(refused)
-    if engine == "mathtext":
-        from latexocr.mathtext import render_one
-
-        done.update((text, render_one(text)) for text in [*batched, *alone])
-    else:
-        for start in range(0, len(batched), BATCH_SIZE):
-            _typeset(batched[start : start + BATCH_SIZE], seconds, done)
-        for text in alone:
-            _typeset([text], seconds, done)
+            (alone if _PROGRAM.search(text) else batch).append(text)
+    for start in range(0, len(batch), BATCH_SIZE):
+        _typeset(batch[start : start + BATCH_SIZE], seconds, done)
+    for text in alone:
+        _typeset([text], seconds, done)
     return [done[text] for text in formulas]
+
+
+def render_pngs(
+    formulas: Sequence[str], *, dpi: int = 150, engine: Engine | None = None, seconds: float = 5.0
+) -> list[bytes | None]:
+    """Pictures of formulas as PNG files, black on white, cropped to the ink; None where there is nothing to draw.
+
+    Args:
+        formulas: as for `render`.
+        dpi: pixels an inch; the formula is set in 10 point type.
+        engine: as for `render`.
+        seconds: as for `render`.
+    """
+    return draw(render(formulas, engine=engine, seconds=seconds), dpi=dpi)
+
+
+def draw(renderings: Sequence[Rendering], *, dpi: int = 150) -> list[bytes | None]:
+    """`render_pngs` for what is typeset already; equal renderings are drawn once."""
+    pictures: dict[Rendering, bytes | None] = dict.fromkeys(renderings)
+    drawable = [one for one in pictures if (one.glyphs or one.rules) and _fits(one, dpi)]
+    for one in drawable:
+        if one.engine == "mathtext":
+            pictures[one] = mathtext.draw(one.glyphs, one.rules, dpi=dpi)
+    by_latex = [one for one in drawable if one.engine == "latex"]
+    for start in range(0, len(by_latex), BATCH_SIZE):
+        part = by_latex[start : start + BATCH_SIZE]
+        pictures.update(zip(part, _dvipng(part, dpi), strict=True))
+    return [pictures[one] for one in renderings]
+
+
+def _fits(rendering: Rendering, dpi: int) -> bool:
+    items = (*rendering.glyphs, *rendering.rules)
+    sides = (
+        max(item.x + item.width for item in items) - min(item.x for item in items),
+        max(item.y for item in items)
+        - min(item.y for item in items)
+        + max((r.height for r in rendering.rules), default=0),
+    )
+    return max(sides) * dpi / 72.27 < MAX_SIDE_PX
+
+
+def _dvipng(renderings: Sequence[Rendering], dpi: int) -> list[bytes | None]:
+    """Drawn from boxes: a DVI file of a formula may hold commands for the drawing program, this one cannot."""
+    with tempfile.TemporaryDirectory(prefix="latexocr-") as folder:
+        dvi.write(Path(folder, "boxes.dvi"), [(one.glyphs, one.rules) for one in renderings])
+        command = ["dvipng", "-T", "tight", "-D", str(dpi), "-bg", "White", "-o", "%d.png", "boxes.dvi"]
+        sandbox.run(command, folder=folder, seconds=DRAWING_SECONDS, progress=b"]")
+        files = [Path(folder, f"{number}.png") for number in range(1, len(renderings) + 1)]
+        return [file.read_bytes() if file.exists() else None for file in files]
 
 
 def _failed(reason: str, engine: Engine) -> Rendering:
     return Rendering((), (), reason, engine)
 
 
+def _mathtext(text: str) -> Rendering:
+    try:
+        return Rendering(*mathtext.boxes(_bare(text)), None, "mathtext")
+    except ValueError as error:
+        return _failed(str(error), "mathtext")
+
+
 # --- what the text may be -----------------------------------------------------------------------------------------
 
 # Words that reach beyond the formula they stand in: they define, assign globally, read, write, expand, branch or
 # end. `^^` writes any character in disguise. A formula with one of them runs alone.
-_PROGRAMS = re.compile(
+_PROGRAM = re.compile(
     r"\^\^|\\(?:begin|end)\s*\{\s*(?:document|filecontents|verbatim|lrbox|thebibliography)"
     r"|\\(?:[gex]?def|let|futurelet|global\w*|long|outer|protected|immediate|afterassignment|aftergroup|expandafter"
     r"|noexpand|csname|endcsname|the|string|meaning|jobname|scantokens|(?:lower|upper)case|mag|language"
@@ -229,23 +275,24 @@ class _Run(NamedTuple):
 
 
 def _typeset(formulas: list[str], seconds: float, done: dict[str, Rendering]) -> None:
-    """Fill `done`; formulas that stop TeX are taken out, and those that may have suffered run again."""
+    """Fill `done`. A formula that stops TeX is taken out; what may have suffered from another one runs again."""
     while formulas:
         places = _with_probes(formulas)
         run = _run_latex([_PROBE if text is None else text for text in places], seconds)
-        good = _accept(places, run, done)
-        if run.finished and good == len(places):
-            return
-        culprit = places[run.last] if 0 <= run.last < len(places) and not run.finished else None
         if run.last < 0:
-            raise RuntimeError(f"latex did not start: {run.errors.get(-1, 'no output')}")
-        if culprit is not None:
-            done[culprit] = _failed(run.errors.get(run.last, f"stopped after {seconds:g} s"), "latex")
-        formulas = [text for text in places[good:] if text is not None and text is not culprit]
-        if culprit is None and len(formulas) > 1:  # one of them spoils the others: halve
-            half = len(formulas) // 2
-            _typeset(formulas[:half], seconds, done)
-            formulas = formulas[half:]
+            raise RuntimeError(f"latex does not start: {run.errors.get(-1, 'it says nothing')}")
+        num_good = _accept(places, run, done)
+        formulas = [text for text in places[num_good:] if text is not None]
+        if not formulas:
+            return
+        suspect = None if run.finished else places[run.last]
+        if len(places) == 1:
+            done[formulas[0]] = _failed(run.errors.get(0, f"stopped after {seconds:g} s"), "latex")
+            return
+        # Known suspect: it alone, then the others. Else one of them spoils the others: halves.
+        part = [suspect] if suspect is not None else formulas[: (len(formulas) + 1) // 2]
+        _typeset(part, seconds, done)
+        formulas = [text for text in formulas if text not in done]
 
 
 def _with_probes(formulas: list[str]) -> list[str | None]:
@@ -259,23 +306,17 @@ def _with_probes(formulas: list[str]) -> list[str | None]:
 
 
 def _accept(places: list[str | None], run: _Run, done: dict[str, Rendering]) -> int:
-    """Take results up to the last probe that came out like the first; returns the place behind them."""
-    if len(places) == 1:
-        good = int(run.finished)
-    else:
-        good = 0
-        for place, text in enumerate(places):
-            if text is None:
-                page = run.pages.get(place)
-                if page is None or page != run.pages.get(0) or place in run.errors:
-                    break
-                good = place + 1
-    for place in range(good):
-        text = places[place]
+    """Take results up to the last probe that came out like the first; returns how many places these are."""
+    num_good = int(run.finished) if len(places) == 1 else 0
+    for place in (number for number, text in enumerate(places) if text is None):
+        if place in run.errors or place not in run.pages or run.pages[place] != run.pages[0]:
+            break
+        num_good = place + 1
+    for place, text in enumerate(places[:num_good]):
         if text is not None:
-            reason = run.errors.get(place) or (None if place in run.pages else "no output")
+            reason = run.errors.get(place) or ("" if place in run.pages else "no output")
             done[text] = _failed(reason, "latex") if reason else run.pages[place]
-    return good
+    return num_good
 
 
 def _run_latex(formulas: list[str], seconds: float) -> _Run:
@@ -324,46 +365,17 @@ def _message(line: str, following: list[str]) -> str:
     return message
 
 
-def _read_pages(dvi: Path) -> dict[int, Rendering]:
-    """Boxes of every page that is there, by the number that its first box carries."""
-    from matplotlib import dviread
-
+def _read_pages(path: Path) -> dict[int, Rendering]:
+    """Boxes of every page that is there, by the place that the width of its first rule tells."""
     pages: dict[int, Rendering] = {}
-    if not dvi.exists():
-        return pages
-    with dviread.Dvi(str(dvi), None) as reader:
-        for page in _until_broken(reader):
-            if page.boxes and page.boxes[0].height == 1:
-                pages[page.boxes[0].width - 1] = _rendering(page)
+    for glyphs, rules in dvi.read(path) if path.exists() else ():
+        if rules and round(rules[0].height * dvi.POINT) == 1:
+            place = round(rules[0].width * dvi.POINT) - 1
+            baseline = rules[0].y
+            pages[place] = Rendering(
+                tuple(glyph._replace(y=glyph.y - baseline) for glyph in glyphs),
+                tuple(rule._replace(y=rule.y - baseline) for rule in rules[1:]),
+                None,
+                "latex",
+            )
     return pages
-
-
-def _until_broken(reader) -> Iterator:
-    """The pages of a DVI file whose end may be missing because TeX was stopped."""
-    try:
-        yield from reader
-    except (IndexError, ValueError, OSError) as error:
-        logger.debug("DVI file ends early: %s", error)
-
-
-def _rendering(page) -> Rendering:
-    point, baseline = 65536, page.boxes[0].y
-    glyphs = tuple(
-        Glyph(
-            _name(text.font.texname),
-            round(text.font.size * _POINTS_PER_BIG_POINT, 2),
-            text.glyph,
-            text.x / point,
-            (baseline - text.y) / point,
-            text.width / point,
-        )
-        for text in page.text
-    )
-    rules = tuple(
-        Rule(b.x / point, (baseline - b.y) / point, b.width / point, b.height / point) for b in page.boxes[1:]
-    )
-    return Rendering(glyphs, rules, None, "latex")
-
-
-def _name(texname: str | bytes) -> str:
-    return texname.decode("ascii", "replace") if isinstance(texname, bytes) else texname

@@ -18,8 +18,8 @@ from typing import NamedTuple
 STARTUP_SECONDS = 60.0  # a cold disk; TeX starts in 0.1 s
 CPU_SECONDS = 600
 MEMORY_KIB = 2_000_000
-FILE_BLOCKS = 400_000  # of 512 bytes: 200 MB
-MAX_OUTPUT_BYTES = 50_000_000
+FILE_BLOCKS = 40_000  # of 512 bytes: 20 MB
+MAX_OUTPUT_BYTES = 20_000_000
 
 # `ulimit` in a shell and not `preexec_fn`: that one may hang in a process with threads, and a training has them.
 _LIMITS = f"ulimit -c 0; ulimit -t {CPU_SECONDS}; ulimit -f {FILE_BLOCKS}; ulimit -v {MEMORY_KIB} 2>/dev/null; "
