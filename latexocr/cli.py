@@ -31,8 +31,8 @@ VERBS = {
     "preview": ("latexocr.preview", "preview", "what the model will see: tokens, labels, picture"),
     "plan": ("latexocr.plan", None, "a training's memory, speed and time on this machine, and what to change"),
     "train": ("latexocr.train", None, "train.json -> adapter"),
-    "evaluate": ("latexocr.evaluate", "evaluate", "model, adapter and data -> predictions and metrics"),
-    "score": ("latexocr.evaluate", "score_file", "predictions.jsonl -> metrics"),
+    "evaluate": ("latexocr.evaluate", "evaluate", "model, adapter and data -> predictions, metrics and report"),
+    "score": ("latexocr.evaluate", "score_file", "predictions.jsonl -> metrics, report, comparison"),
     "predict": ("latexocr.predict", "predict", "images -> LaTeX"),
     "merge": ("latexocr.merge", "merge", "adapter -> stand-alone checkpoint"),
     "build": (

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import islice
@@ -58,7 +59,8 @@ def evaluate(
         pictures: render predictions and references and compare the pictures too.
 
     Raises:
-        InputError: data, model or adapter that cannot be used, or a folder that cannot be written.
+        InputError: data (two records with one id, say), model or adapter that cannot be used, or a folder that
+            cannot be written.
     """
     from latexocr.images import load_image
     from latexocr.predict import LatexOCR
@@ -67,6 +69,9 @@ def evaluate(
     if max_samples is not None and max_samples < 1:
         raise InputError(f"max_samples is {max_samples}, needs at least 1")
     records = read_records(data)[:max_samples]
+    (name, count), *_ = Counter(record.id for record in records).most_common(1)
+    if count > 1:
+        raise InputError(f"{data}: {count} records have the id {name!r}; give each its own, by which answers are told")
     for record in records:  # a broken image is found before an hour of generation, not after
         load_image(record.image_path, record.where)
     _make_folder(output_dir)
@@ -77,12 +82,9 @@ def evaluate(
         [record.image_path for record in records], batch_size=batch_size, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, min_p=min_p, progress=True,
     )  # fmt: skip
-    rows = [
-        answer.as_row(record.id, record.image_path, record.text)
-        for record, answer in zip(records, answers, strict=True)
-    ]
+    rows = [answer.as_row(record) for record, answer in zip(records, answers, strict=True)]
     write_predictions(output_dir / "predictions.jsonl", rows)
-    return _scored(rows, output_dir, pictures=pictures)
+    return score_rows(rows, output_dir, pictures=pictures)
 
 
 def score_file(
@@ -103,9 +105,7 @@ def score_file(
     """
     rows = read_predictions(predictions)
     other_rows = None if baseline is None else _in_order_of(rows, read_predictions(baseline), predictions, baseline)
-    if output_dir is not None:
-        _make_folder(output_dir)
-    return _scored(rows, output_dir, baseline=other_rows, pictures=pictures)
+    return score_rows(rows, output_dir, baseline=other_rows, pictures=pictures)
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -174,14 +174,16 @@ def write_predictions(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _scored(
-    rows: list[dict[str, Any]],
+def score_rows(
+    rows: Sequence[dict[str, Any]],
     output_dir: Path | None,
     *,
-    baseline: list[dict[str, Any]] | None = None,
+    baseline: Sequence[dict[str, Any]] | None = None,
     pictures: bool = True,
 ) -> Evaluation:
-    """Score rows, and write what was found."""
+    """Score rows, write what was found, and show it on the dashboard of a run that is active; see `assess`."""
+    if output_dir is not None:
+        _make_folder(output_dir)
     evaluation = replace(assess(rows, baseline=baseline, pictures=pictures), output_dir=output_dir)
     if output_dir is not None:
         _write(evaluation, output_dir)
@@ -307,7 +309,9 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "slices.csv", _csv(evaluation.slices))
     rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
     write_text(folder / "rows.csv", _csv(rows))
-    if evaluation.comparison is not None:
+    if evaluation.comparison is None:
+        (folder / "comparison.json").unlink(missing_ok=True)  # of an earlier score with a baseline
+    else:
         write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
     write_report(evaluation, folder / "report.html")
 

@@ -24,6 +24,7 @@ Severity = Literal["problem", "warning", "note"]
 
 FAR = 6.0  # robust standard deviations from the median
 FAR_AT_LEAST = math.log(2)  # where nearly all rows are alike, a factor below two is nothing yet
+FEW = 0.02  # share of rows that may be outliers: more of them are a part of the distribution
 FEWEST_ROWS = 20  # a median of fewer says nothing
 COMMON = 1000  # rows from which on a command that stands in only one of them is worth a look
 STRETCHED = 2.0  # change of the aspect ratio
@@ -66,7 +67,7 @@ CHECKS = {
         "note", "formulas with several spacings, sizes or styles", "choose one where the picture does not show it"
     ),
     "same_print": Check("note", "other formulas that print the very same", "choose one spelling"),
-    "enlarged": Check("note", "pictures that the image policy enlarges more than 4 times", "lower --min_visual_tokens"),
+    "enlarged": Check("note", "pictures that the image policy enlarges 4 times or more", "lower --min_visual_tokens"),
     "duplicates": Check("note", "the same picture with the same text", "harmless; such a row counts more in training"),
     "near_duplicates": Check("note", "nearly the same picture with the same text", "harmless, likewise"),
     "rare_commands": Check("note", "commands that stand in one row only", "look for typing errors"),
@@ -256,7 +257,7 @@ def _same_picture(facts: Facts, rows: list[int], two_texts: str, leaked: str, du
 
 
 def _confirmed(facts: Facts, firsts: list[int]) -> list[tuple[int, int]]:
-    """Pairs that look nearly the same; pictures are loaded again, a few at a time would mean reading the file often."""
+    """Pairs of rows whose pictures are nearly the same; only the pictures in question are loaded again."""
     pairs = [(firsts[a], firsts[b]) for a, b in near_pairs([facts.rows[row].look for row in firsts])]
     loaded = dict(facts.load({row for pair in pairs for row in pair}))
     return [pair for pair in pairs if alike(*(loaded[row] for row in pair))]
@@ -324,7 +325,8 @@ def _far_out(values: list[float]) -> list[int]:
     if len(values) < FEWEST_ROWS:
         return []
     distances = np.abs(np.array(values) - np.median(values))
-    limit = max(FAR * 1.4826 * float(np.median(distances)), FAR_AT_LEAST)  # 1.4826: a standard deviation if normal
+    spread = 1.4826 * float(np.median(distances))  # a standard deviation if normal
+    limit = max(FAR * spread, FAR_AT_LEAST, 1.5 * float(np.quantile(distances, 1 - FEW)))
     return [int(place) for place in np.argsort(-distances) if distances[place] > limit]
 
 

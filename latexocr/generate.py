@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from transformers import GenerationConfig
 
 from latexocr.decoding import Decoder
 from latexocr.preprocess import Preprocessor
+from latexocr.records import Record
 
 
 @dataclass(frozen=True)
@@ -22,12 +22,13 @@ class Generated:
     num_tokens: int
     finished: bool
 
-    def as_row(self, record_id: str, image_path: Path, reference: str) -> dict[str, Any]:
-        """A line of predictions.jsonl."""
+    def as_row(self, record: Record) -> dict[str, Any]:
+        """A line of predictions.jsonl: the answer to this record's image."""
         return {
-            "id": record_id,
-            "image_path": str(image_path),
-            "reference": reference,
+            "id": record.id,
+            "image_path": str(record.image_path),
+            **({} if record.source is None else {"source": record.source}),
+            "reference": record.text,
             "prediction": self.text,
             "num_tokens": self.num_tokens,
             "finished": self.finished,

@@ -31,7 +31,7 @@ from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError, nearest
-from latexocr.evaluate import score_file
+from latexocr.evaluate import score_rows
 from latexocr.images import ImagePolicy
 from latexocr.layers import kernels_available
 from latexocr.lora import runs_kernels
@@ -671,5 +671,6 @@ def _evaluate_kept(trainer: FormulaTrainer, output_dir: Path) -> dict[str, float
     answers = validation_file(output_dir, step or 0)
     if not trainer.is_world_process_zero() or not answers.is_file():  # nothing generated
         return {}
-    evaluation = score_file(answers, output_dir=output_dir / "evaluation")
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
+    evaluation = score_rows(rows, output_dir / "evaluation")
     return {f"eval_{name}": value for name, value in evaluation.metrics.items()}

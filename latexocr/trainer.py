@@ -339,10 +339,7 @@ class FormulaTrainer(Trainer):
         """Metrics of the answers, which are written beside the checkpoints; pictures only where they decide."""
         scores: list[Any] = [None]
         if self.is_world_process_zero():
-            predictions = [
-                answer.as_row(dataset.records[row].id, dataset.records[row].image_path, dataset.records[row].text)
-                for row, answer in sorted(answers.items())
-            ]
+            predictions = [answer.as_row(dataset.records[row]) for row, answer in sorted(answers.items())]
             scores = [quick_scores(predictions, pictures=self.args.picks_by_pictures)]
             path = validation_file(Path(self.args.output_dir), self.state.global_step)
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -55,7 +55,7 @@ def test_text_figures_rows_and_slices(tmp_path):
         "high": 1,
     }  # fmt: skip
     assert slices["source", "book"]["value"] == 0.25
-    assert [found.rows[number]["id"] for number in found.worst_first()] == ["malformed", "spaced", "wrong", "right"]
+    assert [found.rows[number]["id"] for number in found.worst_first()] == ["spaced", "malformed", "wrong", "right"]
 
 
 @requires_tex
@@ -139,6 +139,12 @@ def test_bad_prediction_files(tmp_path, content, message):
         path.write_text(content)
     with pytest.raises(InputError, match=message):
         score_file(path)
+
+
+def test_line_separators_within_a_text_end_no_line(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text('{"id": 1, "reference": "x\u2028", "prediction": "x\x85"}\n', encoding="utf-8")
+    assert score_file(path, pictures=False).metrics["exact_match"] == 1
 
 
 def test_worst_first():

@@ -288,6 +288,12 @@ def test_every_row_is_in_one_slice_of_each_kind_but_structure():
     assert found["length", "0-10"] == [0, 1] and found["script_depth", "3+"] == [2, 3]
 
 
+def test_rare_sources_share_a_slice():
+    rows = [{"length": 1, "script_depth": 0, "structure": [], "source": f"{number:02}"} for number in range(22)]
+    found = {name: numbers for (by, name), numbers in members([*rows, *rows[:20]]).items() if by == "source"}
+    assert len(found) == 21 and found["00"] == [0, 22] and found["all others"] == [20, 21]
+
+
 @pytest.mark.parametrize(("module", "num_examples"), [("scores", 2), ("runaway", 1), ("slices", 1)])
 def test_docstring_examples(module, num_examples):
     assert doctest.testmod(importlib.import_module(f"latexocr.metrics.{module}")) == (0, num_examples)

@@ -32,29 +32,13 @@ from typing import Any, Literal
 import numpy as np
 
 from latexocr.errors import InputError
-from latexocr.metrics.canonical import level1, normalized_tokens
+from latexocr.metrics.canonical import is_formula, normalized_tokens
+from latexocr.metrics.glyphs import glyph_f1, same_picture
 from latexocr.metrics.runaway import runs_away
-from latexocr.metrics.tokens import level0
 
 Rows = Sequence[Sequence[str]]  # one row: tokens, or the characters of a string
 Form = Callable[["Pairs"], tuple[Rows, Rows]]
 _NAN = float("nan")
-
-
-def is_formula(latex: str) -> bool:
-    return level1(level0(latex)) is not None
-
-
-def same_picture(*args: Any, **options: Any) -> bool:
-    from latexocr.metrics.glyphs import same_picture
-
-    return same_picture(*args, **options)
-
-
-def glyph_f1(*args: Any) -> float:
-    from latexocr.metrics.glyphs import glyph_f1
-
-    return glyph_f1(*args)
 
 
 class Pairs:
@@ -98,8 +82,12 @@ class Pairs:
     @cached_property
     def unparsed(self) -> dict[str, int]:
         """How many texts are no well-formed formulas: they are compared as they are written, at every level."""
+        found = {}
         sides = {"predictions": self.predictions, "references": self.references}
-        return {f"unparsed_{name}": sum(not is_formula(text) for text in side) for name, side in sides.items()}
+        for (name, texts), as_written, canonical in zip(sides.items(), self.tokens(0), self.tokens(1), strict=True):
+            rows = zip(texts, as_written, canonical, strict=True)
+            found[f"unparsed_{name}"] = sum(a == b and not is_formula(text) for text, a, b in rows)
+        return found
 
     @cached_property
     def renders(self) -> np.ndarray:
@@ -356,6 +344,7 @@ METRICS: dict[str, Metric] = {
     for metric in (
         _share("exact_match", "canonical tokens are equal (level 1: prints the same)", partial(_equal, level=1)),
         _share("exact_match_level0", "tokens are equal as written; ExpRate of CROHME", partial(_equal, level=0)),
+        _share("exact_match_level2", "equal but for spacing, sizes, style and limits", partial(_equal, level=2)),
         *(
             _share(f"exprate_{k}", f"at most {k} canonical token(s) wrong", partial(_few_errors, at_most=k))
             for k in (1, 2, 3)
