@@ -10,6 +10,7 @@ import glob
 import io
 import json as json_format
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -105,11 +106,12 @@ class Diagnosis:
         return "\n".join(lines).rstrip()
 
     def _lines(self, case: Case) -> Iterator[str]:
-        shown = " = ".join(self.rows[row].where for row in case.rows[:SHOWN_ROWS])
         more = f" and {len(case.rows) - SHOWN_ROWS:,} more" if len(case.rows) > SHOWN_ROWS else ""
-        yield f"- {shown}{more}"
-        if case.why:
-            yield f"    {_shortened(case.why)}"
+        where = ", ".join(self.rows[row].where for row in case.rows[:SHOWN_ROWS])
+        yield f"- {where}{more}{': ' if case.why else ''}{case.why}"
+        texts = Counter(self.rows[row].text for row in case.rows).most_common(SHOWN_ROWS)
+        for text, number in texts:
+            yield f"    {f'{number:,} x ' if len(texts) > 1 else ''}{_shortened(text)}"
 
     def num_rows(self, name: str) -> int:
         """How many rows a finding concerns."""

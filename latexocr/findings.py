@@ -6,7 +6,7 @@ Each check is a function that yields (name, case); `CHECKS` says what a name mea
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -183,9 +183,9 @@ def texts(facts: Facts) -> Cases:
         if not row.text.strip():
             yield "blank_texts", Case([number])
         elif not is_formula(row.text):
-            yield "unparsed_texts", Case([number], row.text)
+            yield "unparsed_texts", Case([number])
         elif rendering and rendering.error:
-            yield "refused_texts", Case([number], f"{rendering.error}: {row.text}")
+            yield "refused_texts", Case([number], rendering.error)
 
 
 def spellings(facts: Facts) -> Cases:
@@ -223,15 +223,8 @@ def _print(rendering: Any) -> Hashable:
 
 def _variants(rows: list[int], texts: list[str]) -> Case:
     """A case whose first rows show the different texts, the commonest first."""
-    counts = Counter(texts[row] for row in rows)
-    first = {}
-    for row in rows:
-        first.setdefault(texts[row], row)
-    shown = [first[text] for text, _ in counts.most_common()]
-    return Case(
-        [*shown, *(row for row in rows if row not in set(shown))],
-        " / ".join(f"{n} x {text}" for text, n in counts.most_common(4)),
-    )
+    groups = sorted(_grouped(rows, texts.__getitem__).values(), key=len, reverse=True)
+    return Case([group[0] for group in groups] + [row for group in groups for row in group[1:]])
 
 
 def likeness(facts: Facts) -> Cases:
@@ -275,12 +268,9 @@ def _clusters(pairs: Iterable[tuple[int, int]]) -> list[set[int]]:
 def leaked_texts(facts: Facts) -> Cases:
     """Validation formulas that were trained on, whatever their spelling."""
     for rows in _groups(facts.texted, facts.canonical(1).__getitem__):
-        training = [row for row in rows if facts.rows[row].side == "train"]
-        if 0 < len(training) < len(rows):
-            yield (
-                "leaked_texts",
-                Case([*(row for row in rows if facts.rows[row].side == "val"), training[0]], facts.rows[rows[0]].text),
-            )
+        by_side = _grouped(rows, lambda row: facts.rows[row].side)
+        if len(by_side) > 1:
+            yield "leaked_texts", Case([*by_side["val"], *by_side["train"][:1]])
 
 
 def shapes(facts: Facts) -> Cases:
@@ -293,8 +283,8 @@ def shapes(facts: Facts) -> Cases:
         ratios.append(math.log((right - left) / (bottom - top) * height / width))
     for place in _far_out(ratios):
         factor = math.exp(ratios[place] - float(np.median(ratios)))
-        is_wide = f"{factor:.1f} times as wide" if factor > 1 else f"{1 / factor:.1f} times as narrow"
-        yield "misshapen", Case([rows[place]], f"{is_wide} as {facts.rows[rows[place]].text}")
+        wide = f"{factor:.1f} times as wide" if factor > 1 else f"{1 / factor:.1f} times as high"
+        yield "misshapen", Case([rows[place]], f"{wide} as what its text prints")
 
 
 def _extent(rendering: Any) -> tuple[float, float]:
@@ -340,7 +330,7 @@ def rare_commands(facts: Facts) -> Cases:
             rows_of[token].append(row)
     for token, rows in sorted(rows_of.items()):
         if len(rows) == 1:
-            yield "rare_commands", Case(rows, f"{token} in {facts.rows[rows[0]].text}")
+            yield "rare_commands", Case(rows, token)
 
 
 def _grouped(rows: Iterable[int], key: Callable[[int], Hashable]) -> dict[Hashable, list[int]]:

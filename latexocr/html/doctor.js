@@ -1,8 +1,8 @@
 // The doctor's report: findings with their pictures, sizes, and what the image policy does.
 
-function card(number) {
+function card(number, title) {
   const row = data.rows[number];
-  return make("article", { class: "sample" },
+  return make("article", { class: "sample" }, title,
     make("small", {}, row.where),
     make("div", { class: "pictures" },
       row.picture === null ? null : make("figure", {}, picture(row.picture, "photo", row.where)),
@@ -17,8 +17,8 @@ function finding(entry) {
       make("span", { class: "badge" }, entry.severity), make("span", { class: "soft" }, count(entry.num_rows, "row"))),
     make("p", { class: "soft" }, `What to do: ${entry.advice}.`),
     entry.cases.map(([rows, numRows, why]) => make("div", { class: "case" },
-      why ? make("p", {}, make("code", {}, why)) : null,
-      make("div", { class: "samples" }, rows.map(card)),
+      why ? make("p", {}, why) : null,
+      make("div", { class: "samples" }, rows.map((number) => card(number))),
       numRows > rows.length ? make("small", {}, `and ${count(numRows - rows.length, "more row")}`) : null)),
     left > 0 ? make("p", { class: "soft" }, `And ${left.toLocaleString("en")} more like these: --json lists all of them.`) : null);
 }
@@ -64,8 +64,7 @@ startPage(
   make("section", { "aria-label": "Sizes" }, make("h2", {}, "Sizes"), make("p", { class: "soft" }, "The last bar holds everything above the 99% quantile."),
     make("div", { class: "charts" }, Object.entries(data.histograms).map(histogram)), sizes()),
   data.treatments.length ? make("section", { "aria-label": "Image policy" }, make("h2", {}, "What the image policy does to the extremes"),
-    data.treatments.map((one) => make("div", { class: "case" }, make("p", {}, make("b", {}, `${one.which[0].toUpperCase()}${one.which.slice(1)} `), one.what),
-      make("div", { class: "samples" }, card(one.row))))) : null,
+    make("div", { class: "samples" }, data.treatments.map((one) => card(one.row, [make("h3", {}, one.which[0].toUpperCase() + one.which.slice(1)), make("p", {}, one.what)])))) : null,
 );
 
 document.addEventListener("keydown", (event) => {
