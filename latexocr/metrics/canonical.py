@@ -149,6 +149,7 @@ class _Parser:
     def __init__(self, tokens: list[str], *, lenient: bool) -> None:
         self.tokens = [*tokens, ""]
         self.lenient = lenient
+        self.synonyms = tex.LENIENT_SYNONYMS if lenient else tex.SYNONYMS
         self.position = 0
         self.depth = 0
         self.style = tex.DISPLAY_STYLE
@@ -353,7 +354,7 @@ class _Parser:
             return _List([r"\cdots" if follower in tex.RAISES_DOTS else r"\ldots"])
         if token in tex.BARE_SYNONYMS and follower not in _SCRIPTS:
             return _List([tex.BARE_SYNONYMS[token]])
-        return _List([tex.SYNONYMS.get(token, token)])
+        return _List([self.synonyms.get(token, token)])
 
     def _argument(self) -> _List:
         token = self.tokens[self.position]
@@ -370,7 +371,7 @@ class _Parser:
     def _command(self, token: str) -> _List:
         """A command with its arguments, written as the command that prints the same."""
         style = self.style
-        name, base_style = tex.STYLED.get(token, (tex.SYNONYMS.get(token, token), style))
+        name, base_style = tex.STYLED.get(token, (self.synonyms.get(token, token), style))
         if not self.lenient and base_style != style:
             name = token
         arguments = []
@@ -379,7 +380,7 @@ class _Parser:
             arguments.append(self._typed_argument(kind))
         self.style = style
         if self.lenient:
-            return self._lenient(tex.LENIENT_SYNONYMS.get(name, name), arguments)
+            return self._lenient(name, arguments)
         return self._written(name, arguments)
 
     def _typed_argument(self, kind: str) -> _List:
@@ -506,7 +507,7 @@ class _Parser:
         self.position += 1
         self.style = style
         if name in tex.ENVIRONMENTS:
-            _drop_empty_rows(cells, all_of_them=self.lenient)
+            _drop_last_rows(cells, lenient=self.lenient)
         if name == "array":
             return self._array(arguments, cells)
         if name in tex.FENCED:
@@ -526,8 +527,9 @@ class _Parser:
         spec = _REPEATED_COLUMN.sub(lambda match: match[2] * int(match[1]), spec)
         if self.lenient:
             option, spec = _List([], 0), _COLUMN.sub("c", spec)
-        is_wide = not self.lenient and _num_columns(cells) > tex.MATRIX_COLUMNS
-        if spec.strip("c") or not spec or option.tokens or is_wide:
+        # In a matrix `\\ [2pt]` would print the brackets, because a blank stands before them.
+        needs_array = _num_columns(cells) > tex.MATRIX_COLUMNS or any(len(separator) > 1 for separator, _ in cells)
+        if spec.strip("c") or not spec or option.tokens or (needs_array and not self.lenient):
             columns = columns if spec.strip("clr|") else _List(list(spec), is_grouped=True)
             return _environment("array", [option, columns], cells)
         if self.lenient:
@@ -568,11 +570,12 @@ def _guarded(cell: _List, source: str) -> _List:
     return cell
 
 
-def _drop_empty_rows(cells: list[tuple[list[str], _List]], *, all_of_them: bool) -> None:
-    r"""Drop the empty row after a last `\\`, which does not print, unlike other empty rows."""
+def _drop_last_rows(cells: list[tuple[list[str], _List]], *, lenient: bool) -> None:
+    r"""Drop the empty row after a last `\\`, which does not print; other empty rows at level 2 only."""
     while len(cells) > 1 and cells[-1][0] == [r"\\"] and not cells[-1][1].tokens:
         before, cell = cells[-2]
-        if not all_of_them and before[:1] != ["&"] and cell.tokens in ([], [r"\hline"]):
+        is_empty = before[:1] != ["&"] and not cell.tokens
+        if cell.tokens == [r"\hline"] or (is_empty and not lenient):
             break
         cells.pop()
 

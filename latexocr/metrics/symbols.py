@@ -187,11 +187,11 @@ SCOPED = frozenset(
     [
         *STYLES,
         *SIZES,
-        *_commands("sl sc boldmath unboldmath color above overwithdelims atopwithdelims newline"),
+        *_commands("boldmath unboldmath color above overwithdelims atopwithdelims newline"),
     ]
 )
 # Prints nothing and takes no room.
-DROPPED = frozenset(_commands("relax protect nonumber notag noindent"))
+DROPPED = frozenset(_commands("relax protect nonumber notag noindent sl sc"))
 # Room without a glyph; scripts do not attach to it.
 SPACES = frozenset(
     [
@@ -216,13 +216,13 @@ SYNONYMS = _pairs(
     \le \leq  \ge \geq  \ne \neq  \to \rightarrow  \gets \leftarrow  \land \wedge  \lor \vee  \lnot \neg
     \owns \ni  \lbrack [  \rbrack ]  \lbrace \{  \rbrace \}  \vert |  \lvert |  \rvert |  \mid |
     \Vert \|  \lVert \|  \rVert \|  \parallel \|  \ast *  \colon :  \setminus \backslash  \perp \bot
-    \bigtriangleup \triangle  \Box \square  \Diamond \lozenge  \leadsto \rightsquigarrow
+    \Box \square  \Diamond \lozenge  \leadsto \rightsquigarrow
     \dasharrow \dashrightarrow  \cdotp \cdot  \ldotp .  \slash /  \iff \Longleftrightarrow
     \implies \Longrightarrow  \impliedby \Longleftarrow  \bm \boldsymbol  \hdots \ldots  \dotsc \ldots
     \dotso \ldots  \dotsb \cdots  \dotsm \cdots  \dotsi \cdots  \cr \\  \> \:  \thinspace \,
     \medspace \:  \thickspace \;  \negthinspace \!
     """
-) | {"~": "\\ "}
+) | {"\\ ": "~"}  # which no `strip` can damage
 # MathJax's names: LaTeX has none, so there is no print to compare.
 SYNONYMS |= _pairs(r"\lt <  \gt >")
 SYNONYMS |= {rf"{size}{side}": size for size in _commands("big Big bigg Bigg") for side in "lrm"}
@@ -238,7 +238,7 @@ STYLED = {
     r"\tbinom": (r"\binom", TEXT_STYLE),
 }
 # Level 2 adds what differs in size, style, space, or the way a symbol is put together.
-LENIENT_SYNONYMS = _pairs(r"\cfrac \frac  \stackrel \overset")
+LENIENT_SYNONYMS = SYNONYMS | _pairs(r"\cfrac \frac  \stackrel \overset  \bigtriangleup \triangle")
 LENIENT_DROPPED = frozenset([*SIZES, *_commands("strut mathstrut")])
 
 # Commands without arguments, so that braces after them are a plain group.

@@ -73,6 +73,8 @@ def _without_labels(tokens: list[str]) -> list[str]:
     while position < len(tokens):
         if tokens[position] != r"\label":
             kept.append(tokens[position])
+        elif tokens[position + 1 : position + 2] not in ([], ["{"], ["}"]):
+            position += 1  # TeX takes one token for the argument
         elif position + 1 in closing:
             position = closing[position + 1]
         position += 1
