@@ -182,7 +182,10 @@ _PROGRAM = re.compile(
 )
 _COMMENT = re.compile(r"(\\.)|%[^\r\n]*", re.DOTALL)
 _SPACED_PRIMES = re.compile(r"'\s+(?=['^])")  # data sets write tokens apart; TeX wants x''^2 together
+_SPACED_LENGTH = re.compile(r"(\\(?:[hv]space\s*\*?|raisebox)\s*\{)([^{}\\]*)\}")  # ... and 2mm
 _FENCE = re.compile(r"```(?:latex|tex|math)?(.*?)```", re.DOTALL | re.IGNORECASE)
+_ENDS_IN_BACKSLASH = re.compile(r"(?<!\\)(?:\\\\)*\\$")
+_BARE_SCRIPT = re.compile(r"(?<!\\)[\^_]\s*(?:$|[}&^_]|\\\\|\\(?:end|right)(?![A-Za-z]))")
 _NESTING = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}|\\.|[{}$]", re.DOTALL)
 
 
@@ -193,7 +196,9 @@ def _bare(text: str) -> str:
     text = " ".join(text.split())
     while len(text) > 1 and text[0] == text[-1] == "$" and text[-2] != "\\":
         text = text[1:-1].strip()
-    return _SPACED_PRIMES.sub("'", text)
+    text = _SPACED_LENGTH.sub(lambda match: f"{match[1]}{match[2].replace(' ', '')}}}", text)
+    text = _SPACED_PRIMES.sub("'", text)
+    return f"{text} " if _ENDS_IN_BACKSLASH.search(text) else text  # the blank of "\\ " was stripped
 
 
 def _refusal(text: str) -> str | None:
@@ -203,8 +208,6 @@ def _refusal(text: str) -> str | None:
     text = _bare(text)
     if not text:
         return "empty"
-    if text.endswith("\\") and (len(text) - len(text.rstrip("\\"))) % 2:
-        return "ends in a backslash"
     if any(character < " " or character == "\x7f" for character in text):
         return "control character"
     open_groups, dollars = [], 0
@@ -219,6 +222,8 @@ def _refusal(text: str) -> str | None:
                 return "unbalanced groups"
         elif token == "$":
             dollars += 1
+    if _BARE_SCRIPT.search(text):
+        return "script without argument"
     return "unbalanced groups" if open_groups or dollars % 2 else None
 
 
@@ -233,28 +238,37 @@ _PREAMBLE = (
 \tracinglostchars=3
 \begin{document}
 \def\[{}\def\]{}\def\({}\def\){}
-\let\equation\relax\let\endequation\relax
-\expandafter\let\csname equation*\endcsname\relax\expandafter\let\csname endequation*\endcsname\relax
-\let\displaymath\relax\let\enddisplaymath\relax\let\math\relax\let\endmath\relax
 \def\lx@as#1#2{\expandafter\let\csname#1\expandafter\endcsname\csname#2\endcsname
   \expandafter\let\csname end#1\expandafter\endcsname\csname end#2\endcsname}
+\def\lx@plain{}\let\endlx@plain\lx@plain
+\@for\lx@name:=equation,equation*,displaymath,math\do{\lx@as\lx@name{lx@plain}}
 \@for\lx@name:=align,align*,flalign,flalign*,eqnarray,eqnarray*,split\do{\lx@as\lx@name{aligned}}
 \@for\lx@name:=gather,gather*,multline,multline*\do{\lx@as\lx@name{gathered}}
 \@for\lx@name:=alignat,alignat*,xalignat,xalignat*\do{\lx@as\lx@name{alignedat}}
 \let\label\@gobble\let\nonumber\relax\let\notag\relax
-\def\tag{\@ifstar{\qquad\text}{\lx@tag}}\def\lx@tag#1{\qquad\text{(#1)}}
+\def\tag{\@ifstar{\qquad\text}{\lx@tag}}\def\lx@tag#1{\qquad\text{(#1)}}\let\dft@tag\tag
 \let\eqno\qquad\let\leqno\qquad
+\providecommand\lt{<}\providecommand\gt{>}
 \let\lx@shipout\shipout
-\newcount\lx@page
+\newcount\lx@page\newcount\lx@tries
 """
 )
-# \lx@begin: TeX must be as it was before the first formula, or the one before has not ended: then stop here.
+# \lx@clean closes what the formula before has left open, group by group as e-TeX tells their kinds; if that fails,
+# TeX stops. \par ends a search for arguments, and TeX's count of errors, which stops it at 100.
 # \lx@end ships the box as a page whose first box, one scaled point high, is as many scaled points wide as the
-# formula's place and one; its baseline is at y = 0. \par ends TeX's count of errors, which stops it at 100.
+# formula's place and one; its baseline is at y = 0.
 _COMMANDS = r"""
-\def\lx@begin#1{\ifnum\currentgrouplevel=0 \ifvmode\else\lx@stop\fi\else\lx@stop\fi
-  \global\lx@page=#1 \global\advance\lx@page1 \noindent\par\message{^^JNONCE#1 }\setbox0\hbox\bgroup}
-\def\lx@stop{\message{^^JNONCE-1 }\batchmode\read16 to\lx@name}
+\def\lx@begin#1{\lx@clean\global\lx@page=#1 \global\advance\lx@page1 \noindent\par
+  \message{^^JNONCE#1 }\setbox0\hbox\bgroup}
+\def\lx@finish{\lx@clean\message{^^JNONCEend }\batchmode\@@end}
+\def\lx@clean{\ifnum\currentgrouplevel=0 \else\errmessage{unbalanced groups}\lx@tries=0 \lx@close\fi
+  \ifvmode\else\lx@stop\fi}
+\def\lx@close{\ifnum\currentgrouplevel=0 \else
+    \ifnum\lx@tries<300 \global\advance\lx@tries1 \lx@closer\else\lx@stop\fi
+    \expandafter\lx@close\fi}
+\def\lx@closer{\ifcase\currentgrouptype\or\egroup\or\egroup\or\egroup\or\egroup\or\egroup\or\crcr\egroup\or\egroup
+  \or\lx@stop\or\egroup\or\egroup\or\egroup\or\egroup\or\egroup\or\endgroup\or$\or\right.\fi}
+\def\lx@stop{\batchmode\read16 to\lx@name}
 \def\lx@end{\egroup\ht0=0pt\dp0=0pt
   \lx@shipout\hbox{\hbox to0pt{\vrule height1sp depth0pt width\lx@page sp\hss}\box0}}
 \makeatother
@@ -323,10 +337,10 @@ def _run_latex(formulas: list[str], seconds: float) -> _Run:
     # Neither the file's name nor the marker can be guessed by a formula.
     name, nonce = secrets.token_hex(8), secrets.token_hex(8)
     lines = [
-        rf"\csname lx@begin\endcsname{{{k}}}$\displaystyle{{{_bare(f)}}}$\csname lx@end\endcsname"
-        for k, f in enumerate(formulas)
+        rf"\csname lx@begin\endcsname{{{place}}}$\displaystyle{{{_bare(formula)}}}$\csname lx@end\endcsname"
+        for place, formula in enumerate(formulas)
     ]
-    body = _PREAMBLE + _COMMANDS.replace("NONCE", nonce) + "\n".join(lines) + "\n\\csname @@end\\endcsname\n"
+    body = _PREAMBLE + _COMMANDS.replace("NONCE", nonce) + "\n\n".join([*lines, "\\csname lx@finish\\endcsname\n"])
     with tempfile.TemporaryDirectory(prefix="latexocr-") as folder:
         Path(folder, f"{name}.tex").write_text(body, encoding="utf-8", errors="replace")
         command = ["latex", "-no-shell-escape", "-interaction=nonstopmode", "-jobname=out", f"{name}.tex"]
@@ -338,21 +352,17 @@ def _run_latex(formulas: list[str], seconds: float) -> _Run:
 
 def _read_messages(text: str, nonce: str) -> tuple[int, dict[int, str], bool]:
     """The last formula begun, the first error of each, and whether the end was reached."""
-    place, errors, finished = -1, {}, True
+    place, errors = -1, {}
     lines = text.split("\n")
     for number, line in enumerate(lines):
         if line.startswith(nonce):
-            found = int(line[len(nonce) :].split()[0])
-            if found == -1:
-                finished = False
-                errors.setdefault(place, "unbalanced groups")
-                break
-            place = found
-        elif line.startswith("! ") or line.startswith("Missing character:"):
+            word = line[len(nonce) :].split()[0]
+            if word == "end":
+                return place, errors, True
+            place = int(word)
+        elif line.startswith(("! ", "Missing character:")):
             errors.setdefault(place, _message(line, lines[number + 1 : number + 12]))
-            if line.startswith("! Emergency stop") or line.startswith("! TeX capacity") or "fatal" in line.lower():
-                finished = False
-    return place, errors, finished
+    return place, errors, False
 
 
 def _message(line: str, following: list[str]) -> str:
