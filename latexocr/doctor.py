@@ -120,8 +120,11 @@ class Diagnosis:
     def sizes(self) -> dict[str, dict[str, int]]:
         """What is measured -> quantile -> value."""
         measured = {name: values for name, values in self.lengths.items() if values}
-        quantiles = {name: np.percentile(values, [*QUANTILES.values()]) for name, values in measured.items()}
-        return {name: dict(zip(QUANTILES, map(round, found), strict=True)) for name, found in quantiles.items()}
+        quantiles = {
+            name: np.percentile(values, [*QUANTILES.values()], method="higher").tolist()
+            for name, values in measured.items()
+        }
+        return {name: dict(zip(QUANTILES, found, strict=True)) for name, found in quantiles.items()}
 
     def to_json(self) -> str:
         """Everything, with all rows of all cases."""
