@@ -23,7 +23,9 @@ SOURCES = Path(__file__).with_name("html")
 BLOCK = 256  # pictures that the page unpacks together, when the first of them is looked at
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
 READABLE = ("PNG", "JPEG", "WEBP", "GIF")  # by every browser
+PRINT_DPI = 180  # of drawn formulas; page.js shows them at 1.3 times the size of print on paper
 GREYS = 16  # as many as print needs
+MAX_WIDTH = 3000  # pixels of print; what a runaway answer prints beyond is cut off
 
 _PAGE = """<!DOCTYPE html>
 <html lang="en">
@@ -51,6 +53,10 @@ class Pictures:
     def __init__(self) -> None:
         self.encoded: list[str] = []
         self._places: dict[bytes, int] = {}
+
+    def add_print(self, png: bytes | None) -> int | None:
+        """`add` for what `latexocr.render` drew; None where it drew nothing."""
+        return None if png is None else self.add(print_picture(Image.open(io.BytesIO(png)).convert("L")))
 
     def add(self, data: bytes) -> int:
         """The place by which the page's script gets this picture (encoded, one of `READABLE`)."""
@@ -92,7 +98,7 @@ def small_picture(image: Image.Image, max_bytes: int) -> bytes:
     """A flattened picture (mode L or RGB) in at most `max_bytes`, coarser or smaller where it has to be."""
     if image.mode == "L":
         data = print_picture(image)
-        if len(data) <= max_bytes:
+        if len(data) <= max_bytes and image.width <= MAX_WIDTH:
             return data
     for scale in SCALES:
         size = [max(1, round(side * scale)) for side in image.size]
@@ -104,10 +110,13 @@ def small_picture(image: Image.Image, max_bytes: int) -> bytes:
 
 
 def print_picture(image: Image.Image) -> bytes:
-    """A grey picture of print, without loss but for the number of greys: two thirds of the PNG's bytes."""
+    """A grey picture of print, cut at `MAX_WIDTH`, without loss but for the number of greys: half a PNG's bytes."""
     step = 255 // (GREYS - 1)
+    few_greys = image.crop((0, 0, min(MAX_WIDTH, image.width), image.height)).point(
+        [round(value / step) * step for value in range(256)]
+    )
     buffer = io.BytesIO()
-    image.point([round(value / step) * step for value in range(256)]).save(buffer, "WEBP", lossless=True, method=1)
+    few_greys.save(buffer, "WEBP", lossless=True, method=1)
     return buffer.getvalue()
 
 

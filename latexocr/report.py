@@ -7,7 +7,6 @@ and shows.
 
 from __future__ import annotations
 
-import io
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -16,12 +15,10 @@ from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image
-
 from latexocr.evaluation import Evaluation
 from latexocr.metrics.scores import METRICS
 from latexocr.metrics.slices import slices_of
-from latexocr.page import Pictures, print_picture, stored_picture, write_page
+from latexocr.page import PRINT_DPI, Pictures, stored_picture, write_page
 from latexocr.pictures import PictureError
 
 MAX_ROWS = 10_000  # in the gallery: the worst ones
@@ -30,8 +27,6 @@ MAX_CONFUSIONS = 16  # pairs of tokens; half as many that were left out, and tha
 BRACES = frozenset("{}")  # they come and go with the scripts and arguments that need them
 PICTURE_BYTES = 16 << 20  # for all photographs together: with few rows each may be large
 MOST_BYTES = 200_000  # for one of them
-DPI = 140
-MAX_WIDTH = 3000  # pixels of a drawing; what a runaway answer prints beyond is cut off
 
 
 # The headline, in this order, as far as the evaluation has them; all metrics are in the table of all figures.
@@ -91,7 +86,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
             "slices": [[places[key] for key in slices_of(row) if key in places] for row in rows],
             "confusions": [_places(differences[number].confused, confusions) for number in order],
             **_photographs(rows, pictures),
-            **(_drawings(rows, pictures) if evaluation.engine else {}),
+            **(_drawings(rows, evaluation.engine, pictures) if evaluation.engine else {}),
         },
     }  # fmt: skip
     title = evaluation.output_dir.resolve().name if evaluation.output_dir else "Evaluation"
@@ -272,18 +267,11 @@ def _photographs(rows: list[dict], pictures: Pictures) -> dict[str, list]:
     return {"picture": [places.get(row.get("image_path")) for row in rows]}
 
 
-def _drawings(rows: list[dict], pictures: Pictures) -> dict[str, list]:
+def _drawings(rows: list[dict], engine: str, pictures: Pictures) -> dict[str, list]:
     """Prediction and reference as TeX prints them, each formula once; None where it does not."""
     from latexocr.render import render_pngs
 
     formulas = list(dict.fromkeys(row[key] for row in rows for key in ("prediction", "reference")))
-    places = {
-        formula: None if png is None else pictures.add(_drawing(png))
-        for formula, png in zip(formulas, render_pngs(formulas, dpi=DPI), strict=True)
-    }
+    drawn = render_pngs(formulas, dpi=PRINT_DPI, engine=engine)
+    places = dict(zip(formulas, map(pictures.add_print, drawn), strict=True))
     return {f"{key}_drawn": [places[row[key]] for row in rows] for key in ("prediction", "reference")}
-
-
-def _drawing(png: bytes) -> bytes:
-    image = Image.open(io.BytesIO(png)).convert("L")
-    return print_picture(image.crop((0, 0, min(MAX_WIDTH, image.width), image.height)))

@@ -12,11 +12,11 @@ from conftest import ROOT
 LAYERS = (
     {"latexocr", "errors"},
     {"sandbox", "dvi", "tracking_worker", "evaluation"},
-    {"pictures", "sources", "metrics", "config", "console", "stopping", "kernels", "graphs", "memory"},
+    {"pictures", "likeness", "sources", "metrics", "config", "console", "stopping", "kernels", "graphs", "memory"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families"},
     {"render", "contract", "attention", "lora"},
     {"layers", "page"},
-    {"modeling", "preprocess"},
+    {"modeling", "preprocess", "findings"},
     {"collate", "build", "loss", "sampling", "vision_cache", "report"},
     {"decoding"},
     {"generate"},
@@ -24,7 +24,7 @@ LAYERS = (
     {"evaluate", "merge"},
     {"trainer"},
     {"train"},
-    {"preview", "plan"},
+    {"preview", "plan", "doctor"},
     {"cli"},
     {"__main__"},
 )

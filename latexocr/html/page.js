@@ -51,10 +51,12 @@ function pictureUrl(place) {
   return `data:image/${KINDS[encoded[0]]};base64,${encoded}`;
 }
 
-/** `density`: how many of its pixels are one of the page's. */
-function picture(place, kind, alt, density = 1) {
+const DENSITY = { photo: 1, drawn: 1.45 }; // pixels of the picture that are one of the page's
+
+/** `kind`: "photo", or "drawn" for a rendered formula. */
+function picture(place, kind, alt) {
   return make("img", {
-    class: kind, alt, srcset: `${pictureUrl(place)} ${density}x`,
+    class: kind, alt, srcset: `${pictureUrl(place)} ${DENSITY[kind]}x`,
     load: ({ target }) => { // a picture that would shrink to a hairline keeps its size and can be moved sideways
       if (target.naturalWidth > 2.5 * target.parentElement.clientWidth) target.classList.add("wide");
     },

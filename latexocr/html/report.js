@@ -1,7 +1,6 @@
 // The report of an evaluation: figures, charts, and a gallery that the charts filter.
 
 const PAGE_ROWS = 20;
-const DENSITY = 1.3; // rendered formulas have so many pixels to one of the page's
 const rows = data.rows;
 const numRows = rows.id.length;
 const has = (name) => name in rows;
@@ -347,7 +346,7 @@ function pictures(i) {
     if (!has(`${name}_drawn`)) return null;
     const place = rows[`${name}_drawn`][i];
     return make("figure", {}, make("figcaption", {}, caption), place === null ? make("span", { class: "refused" }, "does not render")
-      : picture(place, "drawn", `${caption}: ${rows[name][i]}`, DENSITY));
+      : picture(place, "drawn", `${caption}: ${rows[name][i]}`));
   };
   const photo = has("picture") ? make("figure", {}, make("figcaption", {}, "Picture"), rows.picture[i] === null
     ? make("span", { class: "soft" }, "not found") : picture(rows.picture[i], "photo", "What the model was given")) : null;

@@ -32,14 +32,18 @@ CAUSES = {
     r"\\[dbc]\s*\{\s*\\(?:cal|bf)\b": "a text accent (\\d, \\b, \\c) in a formula: TeX complains, and its recovery differs",
     r"\\!": "a negative space lets glyphs overlap, so that their order from left to right is undefined",
 }
-DELIMITERS = {("cmr", code) for code in b"()[]/"} | {("cmsy", code) for code in b"fghijkbcdelmn"} | {("cmmi", ord("="))}
+DELIMITERS = (
+    {("cmr", code) for code in b"()[]/"} | {("cmsy", code) for code in b"fghijkbcdelmn"} | {("cmmi", ord("="))}
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--formulas", type=Path, required=True, help="gzipped lines: key, raw LaTeX or nothing, label")
     parser.add_argument("--pairs", type=Path, help='JSON: {"EQ": [[a, b, reason], ...], "NE": [...]}')
-    parser.add_argument("--num-proof", type=int, default=6000, help="formulas to set with latex, from all sources alike")
+    parser.add_argument(
+        "--num-proof", type=int, default=6000, help="formulas to set with latex, from all sources alike"
+    )
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with gzip.open(arguments.formulas, "rt", encoding="utf-8") as file:
@@ -103,7 +107,9 @@ def proof(formulas: list[str], *, level: int) -> dict:
         if a.error:
             continue
         num_rendered += 1
-        if b.error or not (same_picture(a, b, horizontal_space=False) if level == 1 else characters(a) == characters(b)):
+        if b.error or not (
+            same_picture(a, b, horizontal_space=False) if level == 1 else characters(a) == characters(b)
+        ):
             exceptions.append({"formula": text, "canonical": after, "error": b.error, "cause": cause(text)})
     return {
         "num_formulas": len(formulas),
