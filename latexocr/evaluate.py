@@ -1,4 +1,8 @@
-"""Stage 5: model and data -> predictions.jsonl and metrics.json; and metrics from a predictions file alone."""
+"""Stage 5: model and data -> predictions.jsonl and all that can be said of them; or from a predictions file alone.
+
+Read `assess` for the story: texts are normalised and rendered once, every metric says what each row adds, and
+figures, intervals, slices and comparisons are weighted sums of that one table (`latexocr.metrics.bootstrap`).
+"""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 r"""The metrics: predictions and references -> figures.
 
 Why: papers use five BLEUs and four edit distances under the same names. Here each variant is one entry of
-`METRICS`, whose text says what it computes. Shares, rates and distances are fractions from 0 to 1, BLEU runs from
-0 to 100, as sacrebleu prints it.
+`METRICS`, whose text says what it computes. Shares, rates and distances are fractions from 0 to 1 (pix2tex's distance
+has no upper end), BLEU runs from 0 to 100, as sacrebleu prints it.
 
 Ours read canonical tokens (`normalize`, level 1). Those named after a paper read the text as it is written, as the
 paper's own program does, so that its table can be put beside ours:
