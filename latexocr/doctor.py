@@ -95,8 +95,9 @@ class Diagnosis:
         lines += ["", "what the image policy does"]
         lines += [f"  {one.which:<10}{one}  {self.rows[one.row].where}" for one in self.treatments]
         for name, cases in self.findings.items():
-            severity, title, advice = CHECKS[name]
-            lines += ["", f"{severity}: {title}: {self.num_rows(name):,} rows", f"  {advice}"]
+            check, num_rows = CHECKS[name], self.num_rows(name)
+            number = f"{num_rows:,} row{'s' * (num_rows != 1)}"
+            lines += ["", f"{check.severity}: {check.title}: {number}", f"  {check.advice}"]
             lines += [f"  {line}" for case in cases[:EXAMPLES] for line in self._lines(case)]
             if len(cases) > EXAMPLES:
                 lines.append(f"  ... and {len(cases) - EXAMPLES:,} more: see --html or --json")
@@ -115,7 +116,9 @@ class Diagnosis:
 
     def num_rows(self, name: str) -> int:
         """How many rows a finding concerns."""
-        return len({row for case in self.findings[name] for row in case.rows})
+        side = CHECKS[name].side
+        rows = {row for case in self.findings[name] for row in case.rows}
+        return sum(side in (None, self.rows[row].side) for row in rows)
 
     def sizes(self) -> dict[str, dict[str, int]]:
         """What is measured -> quantile -> value."""

@@ -32,11 +32,12 @@ SHRUNK, ENLARGED = 0.5, 4.0  # scale
 
 
 class Check(NamedTuple):
-    """What a finding means."""
+    """What a finding means; `side`: whose rows are counted, where it is not all of them."""
 
     severity: Severity
     title: str
     advice: str
+    side: str | None = None
 
 
 CHECKS = {
@@ -46,12 +47,14 @@ CHECKS = {
     "two_texts": Check("problem", "one picture, two texts", "keep the right one: nobody can learn both"),
     "leaked_texts": Check(
         "problem", "validation formulas that stand in the training data",
-        "split by formula, as csv2json does; until then validation scores are too good",
+        "split by formula, as csv2json does; until then validation scores are too good", "val",
     ),
-    "leaked_pictures": Check("problem", "validation pictures that stand in the training data", "remove one side's"),
+    "leaked_pictures": Check(
+        "problem", "validation pictures that stand in the training data", "remove one side's", "val"
+    ),
     "nearly_two_texts": Check("warning", "nearly the same picture, two texts", "look at both: one text may be wrong"),
     "nearly_leaked_pictures": Check(
-        "warning", "validation pictures that nearly stand in the training data", "look at them, remove one side's"
+        "warning", "validation pictures that nearly stand in the training data", "look at them, remove one side's", "val"
     ),
     "unparsed_texts": Check("warning", "texts that are no well-formed LaTeX", "mend braces, \\left, \\begin"),
     "refused_texts": Check("warning", "texts that LaTeX refuses", "mend them or remove the rows"),

@@ -15,7 +15,8 @@ from functools import cache
 import numpy as np
 from PIL import Image, ImageFilter
 
-INK = 64  # grey levels off the paper
+INK = 64  # of 255 levels between paper and strongest ink
+NOISE = 32  # grey levels; what never differs more from the paper shows nothing
 SIDE = 32  # pixels of the picture that is hashed
 BITS = 64
 BANDS = 8  # pairs are looked for among those with an equal band
@@ -44,7 +45,7 @@ def look(image: Image.Image) -> Look:
     """What is kept of a flattened picture (mode L or RGB)."""
     digest = hashlib.blake2b(f"{image.mode}{image.size}".encode() + image.tobytes(), digest_size=16).digest()
     ink = _ink(image)
-    box = ink.point(lambda level: 255 * (level >= INK)).getbbox()
+    box = _box(ink)
     return Look(digest, box, _bits(ink.crop(box)) if box else 0)
 
 
@@ -64,9 +65,10 @@ def near_pairs(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
 
 
 def _close_pairs(numbers: list[int], looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
-    bits = np.array([looks[number].bits for number in numbers], dtype=np.uint64)
+    words = np.array([looks[number].bits for number in numbers], dtype=np.uint64)
+    bits = np.unpackbits(words[:, None].view(np.uint8), axis=1)
     for place, number in enumerate(numbers):
-        distances = np.bitwise_count(bits[place + 1 :] ^ bits[place])
+        distances = (bits[place + 1 :] ^ bits[place]).sum(axis=1)
         for other in np.flatnonzero(distances <= DISTANCE):
             pair = number, numbers[place + 1 + other]
             if looks[pair[0]].digest != looks[pair[1]].digest and _same_shape(*(looks[row].box for row in pair)):
@@ -93,13 +95,14 @@ def _missed(ink: Image.Image, other: Image.Image) -> int:
 
 
 def _ink(image: Image.Image) -> Image.Image:
-    """Distance of each pixel from the paper's grey, the strongest 255."""
+    """Distance of each pixel from the paper's grey, the strongest 255; the paper is the commonest grey."""
     grey = image.convert("L")
     histogram = grey.histogram()
     paper = histogram.index(max(histogram))
-    most = max(abs(level - paper) for level, count in enumerate(histogram) if count) or 1
-    most = max(most, INK)  # noise on empty paper is not ink
-    return grey.point([abs(level - paper) * 255 // most if abs(level - paper) < most else 255 for level in range(256)])
+    most = max(abs(level - paper) for level, count in enumerate(histogram) if count)
+    if most < NOISE:
+        return Image.new("L", image.size)
+    return grey.point([min(255, abs(level - paper) * 255 // most) for level in range(256)])
 
 
 def _box(ink: Image.Image) -> tuple[int, int, int, int] | None:
@@ -118,7 +121,7 @@ def _bits(ink: Image.Image) -> int:
     small = np.asarray(ink.resize((SIDE, SIDE), Image.Resampling.BOX), dtype=np.float64)
     low = (_cosines() @ small @ _cosines().T).ravel()
     low[0] = 0.0  # how much ink there is at all
-    return int("".join("1" if value > np.median(low) else "0" for value in low), 2)
+    return int.from_bytes(np.packbits(low > np.median(low)).tobytes(), "big")
 
 
 @cache

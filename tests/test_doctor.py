@@ -144,7 +144,7 @@ def test_leakage(diagnosis):
         "val.json record 1",
         "train.json record 49",
     ] in leaked
-    assert len(leaked) == 2
+    assert len(leaked) == 2 == diagnosis.num_rows("leaked_texts")  # validation rows are counted
 
 
 def test_texts(diagnosis):
@@ -242,3 +242,8 @@ def test_ink_is_found_on_grey_and_dark_paper():
     paper = Image.new("L", (80, 40), 30)
     ImageDraw.Draw(paper).rectangle((10, 12, 29, 21), fill=220)
     assert look(paper).box == (10, 12, 30, 22)
+
+
+def test_noise_on_paper_is_no_ink():
+    noise = Image.frombytes("L", (50, 20), bytes(235 + number % 20 for number in range(1000)))
+    assert look(noise).box is None

@@ -10,16 +10,24 @@ function card(number, title) {
     make("code", { class: "tokens" }, row.text || "(no text)"));
 }
 
+/** Cases of one row side by side, cases of several below each other. */
+function cases(found) {
+  if (found.every(([rows]) => rows.length === 1)) {
+    return make("div", { class: "case samples" }, found.map(([[row], , why]) => card(row, why ? make("p", {}, why) : null)));
+  }
+  return found.map(([rows, numRows, why]) => make("div", { class: "case" },
+    why ? make("p", {}, why) : null,
+    make("div", { class: "samples" }, rows.map((row) => card(row))),
+    numRows > rows.length ? make("small", {}, `and ${count(numRows - rows.length, "more row")}`) : null));
+}
+
 function finding(entry) {
   const left = entry.num_cases - entry.cases.length;
   return make("details", { class: `finding ${entry.severity}` },
     make("summary", {}, make("b", {}, entry.title[0].toUpperCase() + entry.title.slice(1)),
       make("span", { class: "badge" }, entry.severity), make("span", { class: "soft" }, count(entry.num_rows, "row"))),
     make("p", { class: "soft" }, `What to do: ${entry.advice}.`),
-    entry.cases.map(([rows, numRows, why]) => make("div", { class: "case" },
-      why ? make("p", {}, why) : null,
-      make("div", { class: "samples" }, rows.map((number) => card(number))),
-      numRows > rows.length ? make("small", {}, `and ${count(numRows - rows.length, "more row")}`) : null)),
+    cases(entry.cases),
     left > 0 ? make("p", { class: "soft" }, `And ${left.toLocaleString("en")} more like these: --json lists all of them.`) : null);
 }
 
