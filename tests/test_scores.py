@@ -7,6 +7,8 @@ import importlib
 import itertools
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -294,6 +296,13 @@ def test_rare_sources_share_a_slice():
     rows = [{"length": 1, "script_depth": 0, "structure": [], "source": f"{number:02}"} for number in range(22)]
     found = {name: numbers for (by, name), numbers in members([*rows, *rows[:20]]).items() if by == "source"}
     assert len(found) == 21 and found["00"] == [0, 22] and found["all others"] == [20, 21]
+
+
+def test_importing_waits_for_no_arithmetic():
+    heavy = ("torch", "sacrebleu", "rapidfuzz", "scipy", "matplotlib", "latexocr.render")
+    code = f"import sys, latexocr.metrics; print([name for name in {heavy} if name in sys.modules])"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert output == "[]\n"
 
 
 @pytest.mark.parametrize(("module", "num_examples"), [("scores", 2), ("runaway", 1), ("slices", 1)])
