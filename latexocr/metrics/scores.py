@@ -325,7 +325,8 @@ def _compared(pairs: Pairs, *, compare: Callable[[Any, Any], float]) -> np.ndarr
     """A prediction that does not render scores 0; a reference that does not is not the model's fault: no row."""
     rows = zip(pairs.renders, *pairs.pictures, strict=True)
     return _mean_of([
-        _NAN if not reference_renders else renders and compare(prediction, reference)
+        # one text has one rendering: nothing to compare
+        _NAN if not reference_renders else renders and (prediction is reference or compare(prediction, reference))
         for (renders, reference_renders), prediction, reference in rows
     ])  # fmt: skip
 
