@@ -11,6 +11,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["latexocr", "latexocr.*"]),
+    package_data={"latexocr": ["html/*"]},
     install_requires=[
         "torch>=2.11",
         "torchvision>=0.26",

@@ -27,11 +27,12 @@ from latexocr.errors import InputError, MergeMismatch, nearest
 VERBS = {
     "data2csv": ("latexocr.data2csv", "data2csv", "data set of formula images -> images and data.csv"),
     "csv2json": ("latexocr.csv2json", "csv2json", "data.csv -> train.json and val.json"),
+    "doctor": ("latexocr.doctor", "doctor", "what is wrong with a data set, before it is trained on"),
     "preview": ("latexocr.preview", "preview", "what the model will see: tokens, labels, picture"),
     "plan": ("latexocr.plan", None, "a training's memory, speed and time on this machine, and what to change"),
     "train": ("latexocr.train", None, "train.json -> adapter"),
-    "evaluate": ("latexocr.evaluate", "evaluate", "model, adapter and data -> predictions and metrics"),
-    "score": ("latexocr.evaluate", "score_file", "predictions.jsonl -> metrics"),
+    "evaluate": ("latexocr.evaluate", "evaluate", "model, adapter and data -> predictions, metrics and report"),
+    "score": ("latexocr.evaluate", "score_file", "predictions.jsonl -> metrics, report, comparison"),
     "predict": ("latexocr.predict", "predict", "images -> LaTeX"),
     "merge": ("latexocr.merge", "merge", "adapter -> stand-alone checkpoint"),
     "build": (

@@ -1,29 +1,28 @@
-"""Stage 5: model and data -> predictions.jsonl and metrics.json; and metrics from a predictions file alone."""
+"""Stage 5: model and data -> predictions.jsonl and all that can be said of them; or from a predictions file alone.
+
+Read `assess` for the story: texts are normalised and rendered once, every metric says what each row adds, and
+figures, intervals, slices and comparisons are weighted sums of that one table (`latexocr.metrics.bootstrap`).
+"""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass
+import sys
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from latexocr.errors import InputError
-from latexocr.metrics import score
+from latexocr.evaluation import Evaluation, tidy
 
-
-@dataclass(frozen=True)
-class EvaluationResult:
-    """Metrics by name, and the folder that holds `metrics.json` (None when nothing was written)."""
-
-    metrics: dict[str, float]
-    output_dir: Path | None
-
-    def __str__(self) -> str:
-        rows = [
-            f"{name:<24}{value:.4f}" if value % 1 else f"{name:<24}{value:g}" for name, value in self.metrics.items()
-        ]
-        return "\n".join([*rows, *([f"written to {self.output_dir}"] if self.output_dir else [])])
+if TYPE_CHECKING:
+    from latexocr.metrics.bootstrap import Table
+    from latexocr.metrics.scores import Pairs
 
 
 def evaluate(
@@ -42,13 +41,14 @@ def evaluate(
     device: str | None = None,
     hub: Literal["modelscope", "huggingface"] = "modelscope",
     trust_remote_code: bool = False,
-) -> EvaluationResult:
+    pictures: bool = True,
+) -> Evaluation:
     """Read every image of a data file and score the answers.
 
     Args:
         model: base or merged model, or an adapter folder: a path or a hub id.
         data: val.json, as csv2json writes it.
-        output_dir: folder for predictions.jsonl and metrics.json.
+        output_dir: folder for predictions.jsonl, metrics.json, slices.csv, rows.csv and report.html.
         adapter: adapter folder to put on the model.
         batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
         max_new_tokens: longest answer in tokens.
@@ -60,9 +60,11 @@ def evaluate(
         device: cpu, cuda, ... (default: a GPU when there is one).
         hub: where a hub id is downloaded from.
         trust_remote_code: run Python code that comes with a checkpoint.
+        pictures: render predictions and references and compare the pictures too.
 
     Raises:
-        InputError: data, model or adapter that cannot be used, or a folder that cannot be written.
+        InputError: data (two records with one id, say), model or adapter that cannot be used, or a folder that
+            cannot be written.
     """
     from latexocr.images import load_image
     from latexocr.predict import LatexOCR
@@ -71,6 +73,9 @@ def evaluate(
     if max_samples is not None and max_samples < 1:
         raise InputError(f"max_samples is {max_samples}, needs at least 1")
     records = read_records(data)[:max_samples]
+    (name, count), *_ = Counter(record.id for record in records).most_common(1)
+    if count > 1:
+        raise InputError(f"{data}: {count} records have the id {name!r}; give each its own, by which answers are told")
     for record in records:  # a broken image is found before an hour of generation, not after
         load_image(record.image_path, record.where)
     _make_folder(output_dir)
@@ -81,35 +86,30 @@ def evaluate(
         [record.image_path for record in records], batch_size=batch_size, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, min_p=min_p, progress=True,
     )  # fmt: skip
-    rows = [
-        {
-            "id": record.id,
-            "image_path": str(record.image_path),
-            "reference": record.text,
-            "prediction": answer.text,
-            "num_tokens": answer.num_tokens,
-            "finished": answer.finished,
-        }
-        for record, answer in zip(records, answers, strict=True)
-    ]
+    rows = [answer.as_row(record) for record, answer in zip(records, answers, strict=True)]
     write_predictions(output_dir / "predictions.jsonl", rows)
-    return _scored(rows, output_dir)
+    return score_rows(rows, output_dir, pictures=pictures)
 
 
-def score_file(predictions: Path, *, output_dir: Path | None = None) -> EvaluationResult:
+def score_file(
+    predictions: Path, *, output_dir: Path | None = None, baseline: Path | None = None, pictures: bool = True
+) -> Evaluation:
     """Metrics from a predictions file, without a model.
 
     Args:
-        predictions: predictions.jsonl with `id`, `reference` and `prediction` on every line.
-        output_dir: folder for metrics.json; nothing is written when left out.
+        predictions: predictions.jsonl with `id`, `reference` and `prediction` on every line; a prediction that is
+            null counts as an empty answer.
+        output_dir: folder for metrics.json, slices.csv, rows.csv and report.html; nothing is written when left out.
+        baseline: another predictions file of the same ids and references to compare with.
+        pictures: render predictions and references and compare the pictures too.
 
     Raises:
-        InputError: no such file, a malformed line, a line without the keys, or no line at all.
+        InputError: no such file, a malformed line, a line without the keys, an id that stands there twice, no line
+            at all, or a baseline of other ids or references.
     """
     rows = read_predictions(predictions)
-    if output_dir is not None:
-        _make_folder(output_dir)
-    return _scored(rows, output_dir)
+    other_rows = None if baseline is None else _in_order_of(rows, read_predictions(baseline), predictions, baseline)
+    return score_rows(rows, output_dir, baseline=other_rows, pictures=pictures)
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -120,25 +120,62 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such predictions file; `latexocr evaluate` writes one")
-    rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
+    rows: list[dict[str, Any]] = []
+    lines: dict[str, int] = {}
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise InputError(f"{path} line {number}: malformed JSON ({error.msg})") from error
-        wrong = [
-            key
-            for key in ("reference", "prediction")
-            if not isinstance(row, dict) or not isinstance(row.get(key), str)
-        ]
-        if wrong:
-            raise InputError(f"{path} line {number}: needs an object with text under {' and '.join(map(repr, wrong))}")
+        row = _prediction(f"{path} line {number}", line)
+        first = lines.setdefault(row["id"], number)
+        if first != number:
+            raise InputError(
+                f"{path} line {number}: the id {row['id']!r} is that of line {first} too; which one counts? Remove one"
+            )
         rows.append(row)
     if not rows:
         raise InputError(f"{path}: holds no predictions")
     return rows
+
+
+def _prediction(where: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+        if "\\ud" in line.lower():  # half a character, which no file can hold: U+FFFD stands for it
+            text = json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            row = json.loads(text.decode("utf-16", "replace"))
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where}: malformed JSON ({error.msg})") from error
+    kinds = {"id": (str, int), "reference": str, "prediction": (str, type(None))}
+    wrong = [key for key, kind in kinds.items() if not (isinstance(row, dict) and isinstance(row.get(key, ...), kind))]
+    if wrong:
+        raise InputError(f"{where}: needs an object with text under {' and '.join(map(repr, wrong))}")
+    return {**row, "id": str(row["id"])}
+
+
+def _in_order_of(
+    rows: list[dict[str, Any]], others: list[dict[str, Any]], path: Path, other_path: Path
+) -> list[dict[str, Any]]:
+    """The rows of `others` that have the ids of `rows`: a comparison is fair over the same formulas only."""
+    by_id = {row["id"]: row for row in others}
+    missing = [row["id"] for row in rows if row["id"] not in by_id]
+    surplus = by_id.keys() - {row["id"] for row in rows}
+    for found, here, there in ((missing, path, other_path), (sorted(surplus), other_path, path)):
+        if found:
+            raise InputError(
+                f"{len(found)} ids of {here} are not in {there}, the first is {found[0]!r}; "
+                "compare predictions for the same data"
+            )
+    for row in rows:
+        if by_id[row["id"]]["reference"] != row["reference"]:
+            raise InputError(
+                f"the references of id {row['id']!r} differ between {path} and {other_path}; "
+                "compare predictions for the same data"
+            )
+    return [by_id[row["id"]] for row in rows]
 
 
 def write_predictions(path: Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -148,16 +185,159 @@ def write_predictions(path: Path, rows: Iterable[dict[str, Any]]) -> None:
     write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
 
 
-def _scored(rows: list[dict[str, Any]], output_dir: Path | None) -> EvaluationResult:
-    metrics = score([row["prediction"] for row in rows], [row["reference"] for row in rows])
-    finished = [row["finished"] for row in rows if "finished" in row]
-    if finished:
-        metrics["runaway_rate"] = 1 - sum(finished) / len(finished)
+def score_rows(
+    rows: Sequence[dict[str, Any]],
+    output_dir: Path | None,
+    *,
+    baseline: Sequence[dict[str, Any]] | None = None,
+    pictures: bool = True,
+) -> Evaluation:
+    """Score rows, write what was found, and show it on the dashboard of a run that is active; see `assess`."""
     if output_dir is not None:
-        from latexocr.contract import write_text
+        _make_folder(output_dir)
+    evaluation = replace(assess(rows, baseline=baseline, pictures=pictures), output_dir=output_dir)
+    if output_dir is not None:
+        _write(evaluation, output_dir)
+    if sys.modules.keys() & {"latexocr.tracking", "swanlab"}:  # else no run can be active: save the import's seconds
+        from latexocr.tracking import log_evaluation
 
-        write_text(output_dir / "metrics.json", json.dumps(metrics, indent=2) + "\n")
-    return EvaluationResult(metrics, output_dir)
+        log_evaluation(evaluation)
+    return evaluation
+
+
+def assess(
+    rows: Sequence[dict[str, Any]], *, baseline: Sequence[dict[str, Any]] | None = None, pictures: bool = True
+) -> Evaluation:
+    """All figures of rows with `reference`, `prediction` and, if known, `finished`.
+
+    Args:
+        rows: at least one.
+        baseline: rows of another model, for the same formulas in the same order.
+        pictures: render and compare, else text metrics only.
+    """
+    from latexocr.metrics.bootstrap import Table
+    from latexocr.metrics.slices import members
+
+    both = [rows] if baseline is None else [rows, baseline]
+    drawn = _rendered(both) if pictures else [None] * len(both)
+    pairs = [_pairs(some, rendered) for some, rendered in zip(both, drawn, strict=True)]
+    tables = [Table(some) for some in pairs]
+    described = _described(rows, pairs[0], tables[0])
+    slices = [
+        row
+        for (by, name), numbers in members(described).items()
+        for row in tidy(tables[0].estimates(numbers), by=by, slice=name, num_rows=len(numbers))
+    ]
+    return Evaluation(
+        metrics=_flat(tables[0].estimates()) | _counts(rows, pairs[0]),
+        rows=described,
+        slices=slices,
+        engine=drawn[0][1][0].engine if pictures else None,
+        comparison=None if baseline is None else tables[0].compare(tables[1]),
+    )
+
+
+def quick_scores(rows: Sequence[dict[str, Any]], *, pictures: bool) -> dict[str, float]:
+    """The figures alone, for the validations of a training; see `assess`."""
+    from latexocr.metrics.scores import figures
+
+    return figures(_pairs(rows, _rendered([rows])[0] if pictures else None))
+
+
+def _pairs(rows: Sequence[dict[str, Any]], pictures: tuple[list, list] | None) -> Pairs:
+    from latexocr.metrics.scores import Pairs
+
+    return Pairs(
+        [row["prediction"] or "" for row in rows],
+        [row["reference"] for row in rows],
+        finished=[row.get("finished") for row in rows],
+        pictures=pictures,
+    )
+
+
+def _rendered(both: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[list, list]]:
+    """Renderings of predictions and references of each file, all in one go."""
+    from latexocr.render import render
+
+    texts = [[row[key] or "" for row in rows] for rows in both for key in ("prediction", "reference")]
+    drawn = iter(render([text for side in texts for text in side]))
+    sides = [list(islice(drawn, len(side))) for side in texts]
+    return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+# Key of a row: the metric of which it is the row's value.
+ROW_VALUES = {
+    "exact_match": "exact_match",
+    "edit_distance": "edit_distance",
+    "bleu_sentence": "bleu",
+    "runaway": "runaway_rate",
+    "renders": "render_rate",
+    "picture_match": "picture_match",
+    "glyph_f1": "glyph_f1",
+}
+_FLAGS = {"exact_match", "runaway", "renders", "picture_match"}
+
+
+def _described(rows: Sequence[dict[str, Any]], pairs: Pairs, table: Table) -> list[dict[str, Any]]:
+    """Every row with what is known about it."""
+    from latexocr.metrics.slices import describe
+
+    values = table.row_values()
+    columns = {key: values[name].tolist() for key, name in ROW_VALUES.items() if name in values}
+    columns["token_errors"] = pairs.token_errors.tolist()
+    described = []
+    for number, (row, tokens) in enumerate(zip(rows, pairs.tokens(1)[1], strict=True)):
+        found = {key: _plain(key, column[number]) for key, column in columns.items()}
+        described.append({**row, **found, **describe(tokens)})
+    return described
+
+
+def _plain(key: str, value: float) -> float | int | None:
+    if value != value:
+        return None
+    return int(value) if key in _FLAGS or key == "token_errors" else value
+
+
+def _flat(estimates: dict[str, Any]) -> dict[str, float]:
+    flat = {}
+    for name, (value, low, high) in estimates.items():
+        flat |= {name: value, f"{name}_low": low, f"{name}_high": high}
+    return flat
+
+
+def _counts(rows: Sequence[dict[str, Any]], pairs: Pairs) -> dict[str, float]:
+    from latexocr.metrics.scores import counts
+
+    missing = sum(row["prediction"] is None for row in rows)
+    return {**counts(pairs), "missing_predictions": float(missing)}
+
+
+def _write(evaluation: Evaluation, folder: Path) -> None:
+    from latexocr.contract import write_text
+    from latexocr.report import write_report
+
+    write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2) + "\n")
+    write_text(folder / "slices.csv", _csv(evaluation.slices))
+    rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
+    write_text(folder / "rows.csv", _csv(rows))
+    if evaluation.comparison is None:
+        (folder / "comparison.json").unlink(missing_ok=True)  # of an earlier score with a baseline
+    else:
+        write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
+    write_report(evaluation, folder / "report.html")
+
+
+def _cell(value: Any) -> Any:
+    return " ".join(value) if isinstance(value, list) else value
+
+
+def _csv(rows: Sequence[dict[str, Any]]) -> str:
+    """RFC 4180 text with the keys of all rows as columns."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
 
 
 def _make_folder(folder: Path) -> None:

@@ -11,6 +11,7 @@ from transformers import GenerationConfig
 
 from latexocr.decoding import Decoder
 from latexocr.preprocess import Preprocessor
+from latexocr.records import Record
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,18 @@ class Generated:
     text: str
     num_tokens: int
     finished: bool
+
+    def as_row(self, record: Record) -> dict[str, Any]:
+        """A line of predictions.jsonl: the answer to this record's image."""
+        return {
+            "id": record.id,
+            "image_path": str(record.image_path),
+            **({} if record.source is None else {"source": record.source}),
+            "reference": record.text,
+            "prediction": self.text,
+            "num_tokens": self.num_tokens,
+            "finished": self.finished,
+        }
 
 
 def generate(

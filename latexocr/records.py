@@ -27,6 +27,7 @@ class Record:
     image_path: Path
     text: str
     where: str  # "train.json record 812 (img_0812.png)": how an error names it
+    source: str | None = None  # where the formula comes from, if the file says so: scores are told apart by it
 
 
 class Records(Sequence[Record]):
@@ -155,7 +156,8 @@ def _parse_line(path: Path, number: int, line: str) -> object:
 def _record(row: object, index: int, path: Path) -> Record:
     name, image, answer = _values(row, index, path)
     image_path = path.parent / image  # an absolute one stays as it is
-    return Record(name, image_path, answer, f"{path.name} record {index} ({image_path.name})")
+    source = None if row.get("source") is None else str(row["source"])
+    return Record(name, image_path, answer, f"{path.name} record {index} ({image_path.name})", source)
 
 
 def _values(row: object, index: int, path: Path) -> tuple[str, str, str]:

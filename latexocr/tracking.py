@@ -25,7 +25,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, is_dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -38,6 +38,8 @@ from latexocr.errors import InputError, nearest
 if TYPE_CHECKING:
     from PIL import Image
     from transformers import TrainerControl, TrainerState, TrainingArguments
+
+    from latexocr.evaluation import Evaluation
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +54,7 @@ FINISH_SECONDS = 20.0
 MAX_WAITING_MESSAGES = 10_000
 MAX_WAITING_BOARDS = 8
 MAX_PICTURE_SIDE = 1024
+NUM_WORST = 20  # rows of an evaluation on the dashboard
 MAX_CAPTION_CHARACTERS = 300
 _PROJECT_NAME = re.compile(r"[0-9a-zA-Z_\-+.]{1,100}")
 _SECRET_FIELDS = {"hub_token", "push_to_hub_token", "api_key", "password"}
@@ -369,14 +372,58 @@ def track(
     link = None
     if is_main and mode != "disabled":
         link = _Link(mode, settings, run_file=Path(run_file) if run_file else None)
-    tracker = Tracker(link)
+    global _active
+    _active = tracker = Tracker(link)
     try:
         yield tracker
     except BaseException as error:
         tracker.finish_as(*_final_state(error))
         raise
     finally:
+        _active = None
         tracker.close()
+
+
+_active: Tracker | None = None  # of the `track` that we are inside of
+
+
+def log_evaluation(evaluation: Evaluation) -> None:
+    """Send figures (`evaluation/NAME`) and the worst rows with their pictures to the SwanLab run that is active.
+
+    That is the run of a `track` around this call, else one that the caller has begun with `swanlab.init`, else none.
+    Rows without a picture that can be read are left out.
+
+    Args:
+        evaluation: what `evaluate` or `score_file` has found.
+    """
+    swanlab = sys.modules.get("swanlab")
+    own_run = _active is None and swanlab is not None and swanlab.has_run()
+    if _active is None and not own_run:
+        return
+    figures = evaluation.metrics.items()
+    values = {f"evaluation/{name}": value for name, value in figures if not name.endswith(("_low", "_high"))}
+    worst = _samples(evaluation.rows[number] for number in evaluation.worst_first())
+    if own_run:
+        from latexocr.tracking_worker import media
+
+        samples = [encoded(s.image, s.prediction, s.reference, s.id) for s in worst]
+        swanlab.log({**values, **(media(samples, "worst") if samples else {})})
+    else:
+        _active.log(values, _active.step)
+        _active.log_samples(worst, _active.step, board="worst")
+
+
+def _samples(rows: Iterable[dict[str, Any]]) -> list[Sample]:
+    from PIL import Image
+
+    samples: list[Sample] = []
+    for row in rows:
+        with contextlib.suppress(OSError, KeyError, TypeError):
+            picture = Image.open(row["image_path"]).convert("RGB")
+            samples.append(Sample(picture, row["prediction"] or "", row["reference"], str(row["id"])))
+        if len(samples) == NUM_WORST:
+            break
+    return samples
 
 
 class Tracker:
@@ -385,6 +432,7 @@ class Tracker:
     def __init__(self, link: _Link | None) -> None:
         self._link = link
         self._final: tuple[str, str | None] = ("success", None)
+        self.step = 0  # the last one that was logged
 
     @property
     def run(self) -> dict[str, Any]:
@@ -393,19 +441,20 @@ class Tracker:
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Scalars by chart name, e.g. `{"train/loss": 0.5}`; values that are no numbers are left out."""
+        self.step = max(self.step, int(step))
         numbers_only = {name: float(value) for name, value in values.items() if _is_number(value)}
         if self._link and numbers_only:
             self._link.send(("scalars", numbers_only, int(step)))
 
-    def log_samples(self, samples: Sequence[Sample], step: int) -> None:
+    def log_samples(self, samples: Sequence[Sample], step: int, *, board: str = "samples") -> None:
         """A board: each picture with prediction and reference beneath, and the same as a table of text."""
         if self._link and samples:
             try:
-                board = [(s.image.copy(), s.prediction, s.reference, s.id) for s in samples]
+                rows = [(s.image.copy(), s.prediction, s.reference, s.id) for s in samples]
             except Exception as error:  # a picture that cannot be decoded is not worth a training
                 self._link.warn("samples of step %d: %s", step, error)
                 return
-            self._link.send(("samples", board, int(step)))
+            self._link.send(("samples", rows, int(step), board))
 
     def callback(self) -> TrainerCallback:
         """For `Trainer(callbacks=[...])`: sends what the Trainer logs."""
@@ -558,7 +607,7 @@ class _Link:
         if message[0] == "samples":
             self._boards.release()
             try:
-                message = ("samples", [_encoded(*sample) for sample in message[1]], message[2])
+                message = ("samples", [encoded(*sample) for sample in message[1]], *message[2:])
             except Exception as error:  # an exotic picture costs its board, not the tracking
                 self.warn("samples of step %d: %s", message[2], error)
                 return
@@ -676,7 +725,7 @@ class _Worker:
         self._answered.set()
 
 
-def _encoded(image: Image.Image, prediction: str, reference: str, sample_id: str) -> tuple:
+def encoded(image: Image.Image, prediction: str, reference: str, sample_id: str) -> tuple:
     """A sample as the worker takes it: PNG small enough for a page, caption, text, text's caption.
 
     Done in the thread, not in training.

@@ -94,11 +94,11 @@ def carry_out(messages: IO[bytes], replies: IO[str], settings: dict[str, Any]) -
             kind, content = "finish", ["crashed", LOST_TRAINING]
         if kind == "finish":
             break
-        values, step = content
+        values, step, *board = content
         if kind == "scalars" and settings["mode"] == "local":
             values = _drawable(values, step, warned, replies)
         try:
-            swanlab.log(_media(values) if kind == "samples" else values, step=step)
+            swanlab.log(media(values, *board) if kind == "samples" else values, step=step)
         except Exception as error:
             reply(replies, event="warning", reason=f"{type(error).__name__}: {error}")
     _exit_in(AFTERLIFE_SECONDS)
@@ -123,7 +123,8 @@ def _read(messages: IO[bytes], inbox: queue.SimpleQueue[tuple]) -> None:
         inbox.put(("finish", "crashed", LOST_TRAINING))
 
 
-def _media(samples: list[tuple[bytes, str, str, str]]) -> dict[str, list]:
+def media(samples: list[tuple[bytes, str, str, str]], board: str) -> dict[str, list]:
+    """Samples as `latexocr.tracking.encoded` makes them -> what `swanlab.log` draws."""
     import swanlab
     from PIL import Image
 
@@ -131,7 +132,7 @@ def _media(samples: list[tuple[bytes, str, str, str]]) -> dict[str, list]:
     for png, caption, prediction, reference in samples:
         pictures.append(swanlab.Image(Image.open(io.BytesIO(png)), caption=caption))
         texts.append(swanlab.Text(prediction, caption=reference))
-    return {"samples/images": pictures, "samples/text": texts}
+    return {f"{board}/images": pictures, f"{board}/text": texts}
 
 
 def _drawable(values: dict[str, float], step: int, warned: set[str], replies: IO[str]) -> dict[str, float]:

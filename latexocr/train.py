@@ -30,10 +30,12 @@ from latexocr.attention import VARLEN_CAPABILITY
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.contract import Contract, fingerprint, write_text
-from latexocr.errors import InputError
+from latexocr.errors import InputError, nearest
+from latexocr.evaluate import score_rows
 from latexocr.images import ImagePolicy
 from latexocr.layers import kernels_available
 from latexocr.lora import runs_kernels
+from latexocr.metrics import METRICS
 from latexocr.modeling import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -62,7 +64,7 @@ from latexocr.tracking import (
     saved_run_id,
     track,
 )
-from latexocr.trainer import FormulaTrainer
+from latexocr.trainer import FormulaTrainer, validation_file
 from latexocr.vision_cache import GivenFeatures, VisionCache
 
 logger = logging.getLogger(__name__)
@@ -91,9 +93,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.metric_for_best_model is None:
             self.metric_for_best_model = "eval_edit_distance" if self.eval_generate_samples else "eval_loss"
         if self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith(
-                ("loss", "distance", "rate", "distance_chars")
-            )
+            metric = METRICS.get(self.best_metric)
+            self.greater_is_better = metric is not None and metric.better == "higher"
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self.eval_strategy != "no" and self.save_strategy in (
                 self.eval_strategy,
@@ -158,6 +159,12 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
+        known = ["loss", *METRICS]
+        if self.metric_for_best_model is not None and self.best_metric not in known:
+            raise InputError(
+                f"metric_for_best_model {self.metric_for_best_model!r} is not measured"
+                f"{nearest(self.best_metric, known)} (one of {', '.join(known)})"
+            )
         if not self.eval_generate_samples and self.metric_for_best_model not in (None, "loss", "eval_loss"):
             raise InputError(
                 f"metric_for_best_model {self.metric_for_best_model!r} needs eval_generate_samples above 0"
@@ -176,6 +183,16 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 )
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
+
+    @property
+    def best_metric(self) -> str | None:
+        """`metric_for_best_model` as `latexocr.metrics` names it."""
+        return self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval_")
+
+    @property
+    def picks_by_pictures(self) -> bool:
+        """Whether every validation must render formulas because the best checkpoint is chosen by it."""
+        return self.best_metric in METRICS and METRICS[self.best_metric].needs_pictures
 
     @property
     def by_budget(self) -> bool:
@@ -264,14 +281,15 @@ class TrainResult:
         return f"adapter: {self.adapter_dir}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
-BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu")
+BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu", "eval_glyph_f1")
 
 
 def train(config: TrainConfig) -> TrainResult:
     """Fine-tune with LoRA: load, check, announce, train, keep the best.
 
     Leaves in `output_dir`: `config.yaml` (everything resolved), `metrics.jsonl` (the source of truth),
-    `checkpoint-N/` and `adapter/`, each with adapter, processor, tokenizer and `latexocr.json`.
+    `checkpoint-N/` and `adapter/`, each with adapter, processor, tokenizer and `latexocr.json`; with validation also
+    the answers of each one in `validation/`, and `evaluation/` with all that is known about those of `adapter/`.
 
     Raises:
         InputError: data, model or options that cannot be used; nothing has been written then.
@@ -311,11 +329,12 @@ def train(config: TrainConfig) -> TrainResult:
             trainer.save_model(str(adapter_dir))
             if cache:
                 cache.remove()
+        evaluation = {} if stop.received else _evaluate_kept(trainer, output_dir)
         if trainer.is_world_process_zero() and tracker.run.get("mode") == "local":
             logger.info(f"dashboard: {dashboard_command(output_dir / 'swanlog')}")
     return TrainResult(
         adapter_dir=adapter_dir,
-        metrics=_final_metrics(trainer),
+        metrics=_final_metrics(trainer) | evaluation,
         num_dropped=len(training.dropped),
         stopped_by=stop.received,
         is_main_process=trainer.is_world_process_zero(),
@@ -562,7 +581,7 @@ def _check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
 def _earlier_run(output_dir: Path) -> list[Path]:
     return [
         *sorted(output_dir.glob("checkpoint-*")),
-        *(output_dir / n for n in (METRICS_FILE, "adapter") if (output_dir / n).exists()),
+        *(output_dir / n for n in (METRICS_FILE, "adapter", "validation", "evaluation") if (output_dir / n).exists()),
     ]
 
 
@@ -657,3 +676,15 @@ def _final_metrics(trainer: FormulaTrainer) -> dict[str, float]:
     evaluation = trainer.current_contract().training.get("evaluation", {})
     scores = {name: value for name, value in evaluation.items() if name.startswith("eval_")}
     return {"train_loss": trainer.mean_loss(), **scores}
+
+
+def _evaluate_kept(trainer: FormulaTrainer, output_dir: Path) -> dict[str, float]:
+    """Score the validation answers of the weights that were kept once more, with pictures, intervals and a report."""
+    step = trainer.current_contract().training.get("evaluation", {}).get("step")
+    answers = validation_file(output_dir, step or 0)
+    if not trainer.is_world_process_zero() or not answers.is_file():  # nothing generated
+        return {}
+    rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
+    evaluation = score_rows(rows, output_dir / "evaluation")
+    logger.info(f"report: {output_dir / 'evaluation' / 'report.html'}")
+    return {f"eval_{name}": value for name, value in evaluation.metrics.items()}

@@ -4,7 +4,7 @@ What it changes in `transformers.Trainer`, and why:
 - the loss is the mean over supervised tokens of the effective batch for every family (stock Trainer decides from
   the model class, so that Qwen2-VL and Qwen2.5-VL differ), and logits exist only at supervised columns;
 - every step's set of samples is the same for any number of ranks (stock sharding repeats samples to fill up);
-- validation is exact: each row once, loss as token mean, plus generation scored by `latexocr.metrics`;
+- validation is exact: each row once, loss as token mean, plus generation scored by `latexocr.metrics`, answers kept;
 - every checkpoint is written with `latexocr.json`; SIGTERM and Ctrl-C end training with a checkpoint.
 """
 
@@ -31,6 +31,7 @@ from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
 from latexocr.errors import InputError
+from latexocr.evaluate import quick_scores, write_predictions
 from latexocr.generate import Generated, generate
 from latexocr.graphs import GradientBuffer, StepGraphs
 from latexocr.images import load_image
@@ -38,7 +39,6 @@ from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
-from latexocr.metrics import score
 from latexocr.modeling import inner_model, trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
@@ -278,11 +278,8 @@ class FormulaTrainer(Trainer):
         if rows:
             with self._as_for_inference(STOCK):
                 answers = self._generate_rows(dataset, rows)
-            references = [dataset.records[row].text for row in rows]
-            scores = score([answers[row].text for row in rows], references)
+            scores = self._scores(dataset, answers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
-            runaways = sum(not answers[row].finished for row in rows)
-            metrics[f"{metric_key_prefix}_runaway_rate"] = runaways / len(rows)
             self._show_board(dataset, rows, answers)
         metrics[f"{metric_key_prefix}_runtime"] = round(time.perf_counter() - started, 3)
         self.log(metrics)
@@ -338,6 +335,19 @@ class FormulaTrainer(Trainer):
             torch.distributed.all_gather_object(gathered, pairs)
             pairs = [pair for part in gathered for pair in part]
         return dict(pairs)
+
+    def _scores(self, dataset: FormulaDataset, answers: dict[int, Generated]) -> dict[str, float]:
+        """Metrics of the answers, which are written beside the checkpoints; pictures only where they decide."""
+        scores: list[Any] = [None]
+        if self.is_world_process_zero():
+            predictions = [answer.as_row(dataset.records[row]) for row, answer in sorted(answers.items())]
+            scores = [quick_scores(predictions, pictures=self.args.picks_by_pictures)]
+            path = validation_file(Path(self.args.output_dir), self.state.global_step)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_predictions(path, predictions)
+        if self.args.world_size > 1:
+            torch.distributed.broadcast_object_list(scores, src=0)
+        return scores[0]
 
     def _my_share(self, dataset: Any, rows: Sequence[int], description: str, collate: Collate) -> Iterator[Any]:
         """Batches of this rank's rows; as many on every rank. A stop signal leaves a checkpoint and raises."""
@@ -410,6 +420,11 @@ class FormulaTrainer(Trainer):
         if evaluations:
             training["evaluation"] = evaluations[-1]
         return replace(self.contract, training=training)
+
+
+def validation_file(output_dir: Path, step: int) -> Path:
+    """Where the answers of a validation are."""
+    return output_dir / "validation" / f"step-{step}.jsonl"
 
 
 def check_fsdp(fsdp_plugin: Any) -> None:

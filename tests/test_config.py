@@ -97,6 +97,21 @@ def test_options_that_would_be_ignored_are_refused():
         TrainConfig(early_stopping_patience=1, eval_strategy="no", val_json="v.json", use_cpu=True)
 
 
+def test_what_picks_the_best_checkpoint():
+    from latexocr.train import TrainConfig
+
+    def picks(name: str | None):
+        found = TrainConfig(metric_for_best_model=name, val_json="v.json", use_cpu=True)
+        return found.greater_is_better, found.picks_by_pictures
+
+    assert picks(None) == picks("eval_loss") == picks("runaway_rate") == (False, False)
+    assert picks("exprate_1") == picks("eval_bleu") == (True, False)
+    assert picks("eval_render_rate") == picks("glyph_f1") == (True, True)
+    message = r"'eval_blue' is not measured; did you mean 'bleu'\? \(one of loss, exact_match, .*exprate_1"
+    with pytest.raises(InputError, match=message):
+        picks("eval_blue")
+
+
 def test_yaml_no_and_none(tmp_path):
     from latexocr.train import TrainConfig
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 import pytest
+from conftest import CHROMIUM_FLAGS, chromium
 from PIL import Image, ImageDraw
 from test_tracking import tiny_trainer
 from transformers import TrainerCallback
@@ -27,14 +27,6 @@ from latexocr.tracking import MetricsFile, Sample, dashboard_command, read_metri
 
 pytestmark = pytest.mark.slow
 
-CHROMIUM_FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-    "--no-first-run",
-]
 PARTS = {"swanlab[dashboard]": "swanboard", "playwright": "playwright"}  # pip name: module
 FORMULAS = {"identity_1": r"\frac{a}{b}", "identity_2": "x^{2}"}
 CHARTS = ["train/loss", "train/grad_norm", "train/learning_rate", "eval/loss", "summary/loss"]
@@ -143,10 +135,6 @@ def page(dashboard):
         yield page
         browser.close()
     assert not problems, problems
-
-
-def chromium() -> str | None:
-    return os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, ("chromium", "chromium-browser"))), None)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -139,33 +139,24 @@ def test_evaluate_and_score_agree(adapter, records, tmp_path):
     assert {"id", "image_path", "reference", "prediction", "num_tokens", "finished"} == set(rows[0])
     assert json.loads((tmp_path / "ev/metrics.json").read_text()) == result.metrics
     assert score_file(tmp_path / "ev/predictions.jsonl").metrics == result.metrics
+    assert {"rows.csv", "slices.csv"} < {path.name for path in (tmp_path / "ev").iterdir()}
 
 
-def test_score_of_a_written_file(tmp_path):
-    rows = [("x", "x"), ("x ^ 2", "x^{2}"), ("a", "b"), ("a b", "a b")]
-    lines = [json.dumps({"id": i, "reference": ref, "prediction": pred}) for i, (pred, ref) in enumerate(rows)]
-    (tmp_path / "p.jsonl").write_text("\n".join(lines))
-    metrics = score_file(tmp_path / "p.jsonl", output_dir=tmp_path / "out").metrics
-    assert metrics["exact_match"] == 0.75 and metrics["num_rows"] == 4
-    assert json.loads((tmp_path / "out/metrics.json").read_text()) == metrics
+def test_a_source_of_the_data_is_a_slice(adapter, records, tmp_path):
+    rows = json.loads(records["val"].read_text())[:3]
+    rows[0]["source"], rows[2]["source"] = "book", 7
+    (tmp_path / "val.json").write_text(json.dumps(rows))
+    found = evaluate(str(adapter), tmp_path / "val.json", tmp_path, device="cpu", max_new_tokens=2, pictures=False)
+    assert [row.get("source") for row in found.rows] == ["book", None, "7"]
+    by_source = {row["slice"]: row["num_rows"] for row in found.slices if row["by"] == "source"}
+    assert by_source == {"book": 1, "7": 1}
 
 
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        (None, "no such predictions file"),
-        ("", "holds no predictions"),
-        ("{", "line 1: malformed JSON"),
-        ('{"id": 1, "reference": "x"}', "line 1: needs an object with text under 'prediction'"),
-        ("[]", "needs an object with text under 'reference' and 'prediction'"),
-    ],
-)
-def test_bad_prediction_files(tmp_path, content, message):
-    path = tmp_path / "p.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(InputError, match=message):
-        score_file(path)
+def test_two_records_with_one_id_cannot_be_told_apart(adapter, records, tmp_path):
+    rows = json.loads(records["val"].read_text())[:2]
+    (tmp_path / "val.json").write_text(json.dumps([{**row, "id": "same"} for row in rows]))
+    with pytest.raises(InputError, match=r"val\.json: 2 records have the id 'same'"):
+        evaluate(str(adapter), tmp_path / "val.json", tmp_path, device="cpu")
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -22,6 +22,7 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 
 from latexocr import tracking
 from latexocr.errors import InputError
+from latexocr.evaluate import score_file
 from latexocr.tracking import (
     MetricsFile,
     Sample,
@@ -501,6 +502,46 @@ def test_an_online_run_is_continued_under_its_id(tmp_path, monkeypatch):
         {"call": "finish", "state": "success", "error": None},
     ]
     assert tracker.run["url"] == "http://127.0.0.1/run" and saved_run_id(tmp_path) == "id-1"
+
+
+def evaluated(tmp_path: Path):
+    """25 rows, nos. 0 to 21 wrong by ever more tokens, the last three right; row 21 has lost its picture."""
+    Image.new("L", (9, 9)).save(tmp_path / "formula.png")
+    rows = [
+        {"id": str(number), "reference": "x", "prediction": "x" + ("+1" * number + "y") * (number < 22),
+         "image_path": str(tmp_path / ("gone.png" if number == 21 else "formula.png"))}
+        for number in range(25)
+    ]  # fmt: skip
+    (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return score_file(tmp_path / "p.jsonl", pictures=False)
+
+
+def test_an_evaluation_goes_to_the_run_around_it(tmp_path, monkeypatch):
+    calls = fake_swanlab(tmp_path, monkeypatch)
+    with track(name="a", log_dir=tmp_path, config={}, mode="online") as tracker:
+        tracker.log({"train/loss": 1.0}, 7)
+        evaluated(tmp_path)
+    evaluated(tmp_path)  # no run is active
+    _, _, figures, worst, _ = [json.loads(line) for line in calls.read_text().splitlines()]
+    assert figures["step"] == worst["step"] == 7
+    assert figures["values"]["evaluation/exact_match"] == 3 / 25 and figures["values"]["evaluation/num_rows"] == 25
+    assert not any(name.endswith(("_low", "_high")) for name in figures["values"])
+    captions = worst["values"]["worst/text"]
+    assert [caption.split(":")[0] for caption in captions] == [str(number) for number in range(20, 0, -1)]
+    assert worst["values"]["worst/images"][-1] == "prediction x+1y | reference x"
+
+
+def test_an_evaluation_goes_to_a_run_of_the_callers_own(tmp_path, monkeypatch):
+    logged_values: list[dict] = []
+    own = SimpleNamespace(has_run=lambda: True, log=logged_values.append, Image=lambda image, caption: image.size,
+                          Text=lambda text, caption: text)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "swanlab", own)
+    evaluated(tmp_path)
+    (values,) = logged_values
+    assert values["evaluation/exact_match"] == 3 / 25 and values["worst/images"] == [(9, 9)] * 20
+    own.has_run = lambda: False
+    evaluated(tmp_path)
+    assert len(logged_values) == 1
 
 
 def test_an_endless_finish_is_left_behind(tmp_path, monkeypatch, caplog):

@@ -10,6 +10,7 @@ from conftest import MODEL_TYPES, SAMPLE, write_records
 
 from latexocr.errors import InputError
 from latexocr.loss import supervised_loss, supervised_targets
+from latexocr.metrics import METRICS
 from latexocr.modeling import add_lora, family_in, load_base, trainable_parameters
 from latexocr.records import read_records
 from latexocr.sampling import EpochSampler
@@ -121,6 +122,32 @@ def test_early_stopping(config, records):
                           save_steps=1, max_steps=9, learning_rate=0.0, early_stopping_patience=2,
                           eval_generate_samples=2))  # fmt: skip
     assert len(losses(result)) == 3
+
+
+def test_the_end_is_a_full_evaluation_of_the_kept_weights(config, records, tmp_path):
+    """Every validation has the cheap metrics, its answers are kept, and the best one's are scored with pictures."""
+    result = train(config(val_json=str(records["val"]), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                          save_steps=1, learning_rate=1e-2, eval_generate_samples=5))  # fmt: skip
+    run = tmp_path / "run"
+    assert {path.name for path in (run / "validation").iterdir()} == {f"step-{step}.jsonl" for step in (1, 2, 3)}
+    lines = [row for row in read_metrics(run / "metrics.jsonl") if "eval_loss" in row]
+    cheap = {f"eval_{name}" for name, metric in METRICS.items() if not metric.needs_pictures}
+    assert all(cheap <= line.keys() and "eval_glyph_f1" not in line for line in lines)
+    found = json.loads((run / "evaluation/metrics.json").read_text())
+    best = min(lines, key=lambda line: line["eval_edit_distance"])
+    assert {name: found[name.removeprefix("eval_")] for name in cheap} == pytest.approx({n: best[n] for n in cheap})
+    assert {"glyph_f1", "picture_match", "bleu_low", "bleu_high"} <= found.keys() and found["num_rows"] == 5
+    assert result.metrics | {f"eval_{name}": value for name, value in found.items()} == result.metrics
+
+
+def test_the_best_checkpoint_by_pictures(config, records, tmp_path):
+    train(config(val_json=str(records["val"]), eval_strategy="steps", eval_steps=1, save_strategy="steps",
+                 save_steps=1, learning_rate=1e-2, eval_generate_samples=5, metric_for_best_model="render_rate",
+                 max_steps=2))  # fmt: skip
+    lines = [row for row in read_metrics(tmp_path / "run") if "eval_loss" in row]
+    assert len(lines) == 2 and all("eval_render_rate" in line for line in lines)
+    best = max(lines, key=lambda line: line["eval_render_rate"])["step"]
+    assert json.loads((tmp_path / "run/adapter/latexocr.json").read_text())["training"]["step"] == best
 
 
 def test_announcement(config, records, capsys):

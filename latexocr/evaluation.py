@@ -1,0 +1,80 @@
+"""What an evaluation found: figures with intervals, rows, slices, and the comparison with another model.
+
+Why a module of its own: `evaluate` makes one, `report` draws it, and neither needs the other's imports for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Everything that is known about a file of predictions.
+
+    Args:
+        metrics: figures by name (see `latexocr.metrics.METRICS`), each with the ends of its 95% interval as NAME_low
+            and NAME_high; and counts: `num_rows`, `missing_predictions`, `unparsed_predictions`, ...
+        rows: the predictions in file order, each with its own values beside `id`, `reference` and `prediction`:
+            `exact_match`, `runaway` (0 or 1), `edit_distance`, `token_errors`, `bleu_sentence`, `length` (canonical
+            tokens of the reference), `script_depth`, `structure` (list of words), and with pictures `renders`,
+            `picture_match` (0 or 1) and `glyph_f1`; the last two are None where the reference does not render.
+        slices: one dictionary a slice and metric: `by` (length, structure, script_depth, source), `slice`, `metric`,
+            `value`, `low`, `high`, `num_rows`.
+        engine: what drew the pictures, "latex" or "mathtext"; None when pictures were not compared.
+        comparison: with a baseline, one dictionary a metric: `metric`, `a` (these predictions), `b` (the baseline),
+            `difference` (a - b), `low`, `high`, and the numbers of rows that these predictions have `won` and `lost`.
+        output_dir: where it was written, or None.
+    """
+
+    metrics: dict[str, float]
+    rows: list[dict[str, Any]]
+    slices: list[dict[str, Any]]
+    engine: str | None = None
+    comparison: list[dict[str, Any]] | None = None
+    output_dir: Path | None = None
+
+    def worst_first(self) -> list[int]:
+        """Numbers of the rows, the worst first: wrong before right, then by `glyph_f1`, then by `edit_distance`."""
+        return sorted(range(len(self.rows)), key=lambda number: _badness(self.rows[number]))
+
+    def __str__(self) -> str:
+        compared = {} if self.comparison is None else {row["metric"]: row for row in self.comparison}
+        lines = [
+            _line(name, value, self.metrics, compared.get(name))
+            for name, value in self.metrics.items()
+            if not name.endswith(("_low", "_high"))
+        ]
+        return "\n".join([*lines, *([f"written to {self.output_dir}"] if self.output_dir else [])])
+
+
+def _badness(row: dict[str, Any]) -> tuple[float, float, float]:
+    glyph_f1 = row.get("glyph_f1")
+    return row["exact_match"], 1.0 if glyph_f1 is None else glyph_f1, -row["edit_distance"]
+
+
+def _line(name: str, value: float, metrics: dict[str, float], compared: dict[str, Any] | None) -> str:
+    text = f"{name:<26}{_short(value)}"
+    if f"{name}_low" in metrics:
+        text += f"  [{_short(metrics[f'{name}_low'])}, {_short(metrics[f'{name}_high'])}]"
+    if compared:
+        low, high = _short(compared["low"]), _short(compared["high"])
+        text += f"  baseline {_short(compared['b'])}  difference {compared['difference']:+.4f} [{low}, {high}]"
+        text += f"  won {compared['won']} lost {compared['lost']}"
+    return text
+
+
+def _short(value: float) -> str:
+    value = round(value, 4) + 0.0  # no -0
+    return f"{value:.4f}" if value % 1 else f"{value:g}"
+
+
+def tidy(metrics: dict[str, Sequence[float]], **labels: Any) -> list[dict[str, Any]]:
+    """One dictionary a metric of (value, low, high), with the same labels."""
+    return [
+        {**labels, "metric": name, "value": value, "low": low, "high": high}
+        for name, (value, low, high) in metrics.items()
+    ]
