@@ -19,10 +19,12 @@ from latexocr.metrics.tokens import level0
 LEVELS = (0, 1, 2)
 # Real formulas nest up to about 15 deep. The bound keeps the parser within Python's recursion limit.
 MAX_DEPTH = 80
+# `*{99}{...}` repeats: a longer specification stays as it is.
+MAX_COLUMN_TOKENS = 200
 
 _SCRIPTS = {"^": "^", "_": "_", "'": "'", r"\sp": "^", r"\sb": "_"}
-# The empty string marks the end of the text.
-_CLOSING = frozenset(["", "}", r"\right", r"\begin", r"\end"])
+# The empty string marks the end of the text. A math delimiter ends the formula.
+_CLOSING = frozenset(["", "}", r"\right", r"\begin", r"\end", "$", r"\[", r"\]", r"\(", r"\)"])
 _ENDS_RUN = frozenset([*tex.SEPARATORS, *tex.INFIX, *tex.FONT_SWITCHES])
 _NO_ARGUMENT = frozenset([*_CLOSING, *_SCRIPTS, *_ENDS_RUN, *tex.SCOPED, r"\not"])
 # Style of a script or an argument from the style around it (The TeXbook, chapter 17 and appendix G). Odd
@@ -40,7 +42,7 @@ _STYLE_OF = {
     "o": lambda style: 7,
 }
 # A space ends these, so a script attaches to nothing.
-_HOLLOW = ([r"\end{matrix}"], [r"\end{smallmatrix}"])
+_HOLLOW = (r"\begin{matrix}", r"\begin{smallmatrix}")
 _KNOWN = tex.SYMBOLS.union(tex.ARGUMENTS, [r"\left", r"\root"])
 _LENGTH = re.compile(r"\s*[-+]?[\d.,]+(?:pt|mm|cm|in|ex|em|bp|pc|dd|cc|sp|mu)")
 _COLUMN_SPACE = re.compile(r"[@!]\{(?:\\[ ,;:!]|~|\\q?quad|\\hspace\{[^{}]*\})*\}")
@@ -173,7 +175,7 @@ class _Parser:
         cells = [([], self._cell(stop, opener, after_unknown))]
         while self.tokens[self.position] != stop:
             opener = self.position
-            separator = self._separator()
+            separator = self._separator(stop)
             start = self.position
             self.style = style
             cell = self._cell(stop, opener)
@@ -183,17 +185,15 @@ class _Parser:
         self.style = style
         return cells
 
-    def _separator(self) -> list[str]:
+    def _separator(self, stop: str) -> list[str]:
         token = self.tokens[self.position]
-        if token not in tex.SEPARATORS:
+        if token not in tex.SEPARATORS or (token == r"\middle" and stop != r"\right"):
             raise _MalformedError
         self.position += 1
         if token == r"\middle":
             return self._delimiter() if self.lenient else [token, *self._delimiter()]
         if token != r"\\":
             return [tex.SYNONYMS.get(token, token)]
-        if self.tokens[self.position] == "*":
-            self.position += 1
         length = self._length(self.position + 1) if self.tokens[self.position] == "[" else 0
         if not length or self.tokens[self.position + length + 1] != "]":
             return [token]
@@ -263,29 +263,32 @@ class _Parser:
                 continue
             if self._has_no_effect(token, base):
                 self.position += 1
+                base = base if token in tex.LIMITS or token in tex.DROPPED else ""
                 continue
             part = self._element(token)
+            if after_unknown and part.tokens in (["["], ["*"]) and part.tokens != [token]:
+                part = _List(["{", *part.tokens, "}"])  # a synonym for a bracket opens no option
             after_unknown = _after_unknown(after_unknown, token)
             keeps_braces = part.is_grouped and (
                 part.is_scoped
                 or (after_unknown and token == "{")
-                or (self.tokens[self.position] in _SCRIPTS and not part.is_solid())
+                or (self.tokens[self.position] in _SCRIPTS and token not in _HOLLOW and not part.is_solid())
             )
             if keeps_braces:
                 lone_group = not out and part.is_scoped and not after_unknown
                 part = _List(["{", *part.tokens, "}"])
-            elif after_unknown and part.tokens[:1] in (["["], ["*"]):
-                part = _List([token])
             out += part.tokens
             num_atoms += part.num_atoms
             is_scoped = is_scoped or token in tex.SCOPED
-            base = "" if token in tex.NO_BASE or part.tokens[-1:] in _HOLLOW else (part.tokens or [token])[0]
+            base = "" if token in tex.NO_BASE or token in _HOLLOW or not part.tokens else part.tokens[0]
         if lone_group and num_atoms == 1:  # {{\color{red}x}} is {\color{red}x}
             return _List(out[1:-1], 2, is_scoped=True, is_grouped=True)
         return _List(out, num_atoms, is_scoped)
 
     def _has_no_effect(self, token: str, base: str) -> bool:
         if token in tex.LIMITS:
+            if not base and not self.lenient:
+                raise _MalformedError
             return self.lenient or token == self._default_limits(base)
         if token in tex.STYLES:
             return self.lenient or tex.STYLES[token] == self.style
@@ -366,7 +369,7 @@ class _Parser:
         argument = self._element(token)
         if _is_unknown(token) and self.tokens[self.position] in ("{", "[", "*"):
             raise _MalformedError  # x^\foo{ab}: nobody knows where the exponent ends
-        return argument
+        return _List([tex.BARE_SYNONYMS[token]]) if token in tex.BARE_SYNONYMS else argument
 
     def _command(self, token: str) -> _List:
         """A command with its arguments, written as the command that prints the same."""
@@ -432,6 +435,8 @@ class _Parser:
 
     def _letters(self, command: str, tokens: list[str]) -> _List:
         r"""Letters in a font: `\mathrm{sin}` and `\operatorname{sin}` are `\sin`."""
+        if not tokens:
+            return _List([], 0, is_grouped=True)
         word = _word(tokens)
         if word and command in (r"\mathrm", r"\operatorname", r"\operatorname*"):
             has_limits = command == r"\operatorname*"
@@ -470,7 +475,7 @@ class _Parser:
     def _delimiter(self) -> list[str]:
         r"""What stands after `\left`, `\big`, ...; `\big{(}` is `\big(`."""
         delimiter = self._argument().tokens
-        if len(delimiter) != 1:
+        if len(delimiter) != 1 or delimiter[0] in tex.NO_BASE:
             raise _MalformedError
         return [tex.DELIMITERS.get(delimiter[0], delimiter[0])]
 
@@ -503,7 +508,6 @@ class _Parser:
         style, self.style = self.style, tex.ENVIRONMENT_STYLES.get(name, tex.TEXT_STYLE)
         start = self.position
         cells = self._cells(end, opener=opener, after_unknown=int(name not in tex.ENVIRONMENTS))
-        cells[0] = ([], _guarded(cells[0][1], self.tokens[start]))
         self.position += 1
         self.style = style
         if name in tex.ENVIRONMENTS:
@@ -518,11 +522,14 @@ class _Parser:
         if self.lenient and name in tex.LENIENT_TABLES:
             left, right = tex.LENIENT_TABLES[name]
             return _fenced(left, _lenient_table(cells, is_aligned=name in tex.ALIGNED), right)
+        cells[0] = ([], _guarded(cells[0][1], self.tokens[start]))
         return _environment(name, arguments, cells)
 
     def _array(self, arguments: list[_List], cells: list[tuple[list[str], _List]]) -> _List:
         r"""An array whose columns are all `c` is a matrix, up to the space beside it."""
         option, columns = arguments
+        if len(columns.tokens) > MAX_COLUMN_TOKENS:
+            return _environment("array", arguments, cells)
         spec = _COLUMN_SPACE.sub("", "".join(columns.tokens))
         spec = _REPEATED_COLUMN.sub(lambda match: match[2] * int(match[1]), spec)
         if self.lenient:
@@ -592,6 +599,8 @@ def _environment(name: str, arguments: list[_List], cells: list[tuple[list[str],
 
 def _fenced(left: str, inner: _List, right: str) -> _List:
     """Delimiters of normal size; without a right one the whole is a group, where scripts are concerned."""
+    if not left and not right:
+        return inner
     tokens = ["{", *inner.tokens, "}"] if inner.is_scoped else inner.tokens
     num_atoms = 1 if inner.is_scoped else inner.num_atoms
     tokens = [*filter(None, [left]), *tokens, *filter(None, [right])]

@@ -124,7 +124,8 @@ ARGUMENTS: dict[str, str] = {
 # when a script is attached to it: TeX unpacks a group of one ordinary character, and the others are boxes.
 SOLID = frozenset(
     [
-        *_GREEK, *_LETTERS, *_NAMES, *ACCENTS, *_FRACTIONS, *_STACKS, *TEXTS, *BIG, *(FONTS - {r"\boldsymbol", r"\bm"}),
+        *_GREEK, *_LETTERS, *_NAMES, *ACCENTS, *_FRACTIONS, *_STACKS, *TEXTS, *BIG,
+        *(FONTS - {r"\boldsymbol", r"\bm"}),
         *_commands("sqrt overline underline underset boxed smash operatorname xrightarrow xleftarrow left"),
     ]
 )  # fmt: skip
@@ -141,11 +142,11 @@ FENCED = {
 }
 # Rows of a derivation: the columns are places to align at.
 ALIGNED = frozenset(
-    """
-    align align* aligned split gather gather* gathered multline multline* multlined eqnarray eqnarray*
-    alignat alignat* alignedat flalign flalign*
-    """.split()
-)
+    [
+        "align", "align*", "aligned", "alignat", "alignat*", "alignedat", "flalign", "flalign*", "split", "gather",
+        "gather*", "gathered", "multline", "multline*", "multlined", "eqnarray", "eqnarray*",
+    ]
+)  # fmt: skip
 DISPLAYS = frozenset(["equation", "equation*", "displaymath", "math"])
 # Level 2: tables that are a matrix but for sizes and space, with the delimiters they print.
 LENIENT_TABLES = {
@@ -153,11 +154,11 @@ LENIENT_TABLES = {
     "cases": (r"\{", ""),
     "dcases": (r"\{", ""),
     "rcases": ("", r"\}"),
-    **dict.fromkeys(ALIGNED, ("", "")),
+    **dict.fromkeys(["matrix", *ALIGNED], ("", "")),
 }
 # Arguments of \begin{...}; an environment that is not here may have any.
 ENVIRONMENTS: dict[str, str] = {
-    **dict.fromkeys(["matrix", *FENCED, *LENIENT_TABLES, *DISPLAYS], ""),
+    **dict.fromkeys([*FENCED, *LENIENT_TABLES, *DISPLAYS], ""),
     **dict.fromkeys(["aligned", "gathered", "multlined"], "o"),
     **dict.fromkeys(["alignat", "alignat*"], "r"),
     **dict.fromkeys(["array", "tabular", "alignedat"], "or"),

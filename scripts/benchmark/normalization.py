@@ -29,21 +29,22 @@ from latexocr.render import Rendering, render
 CAUSES = {
     r"\\(?:hat|tilde|bar|vec|dot|check)\s*\{\s*\\\w+\s*\{\s*\\(?:cal|bf|rm|it)\b": "amsmath: a font switch in an "
     "accent in an accent also acts on what follows; in canonical form it does not",
-    r"\\[dbc]\s*\{\s*\\(?:cal|bf)\b": "a text accent (\\d, \\b, \\c) in a formula: TeX complains, and its recovery differs",
-    r"\\!": "a negative space lets glyphs overlap, so that their order from left to right is undefined",
+    r"\\[dbc]\s*\{\s*\\(?:cal|bf)\b": "a text accent (\\d, \\b, \\c): TeX complains, and its recovery differs",
+    r"\\\\\s+\[\s*\d": "amsmath prints the brackets of `\\\\ [1em]` if a blank stands before them; level 2 drops them",
+    r"\\not\s*\\in\b": "level 2 takes \\not \\in for \\notin, which has another slash",
+    r"\\(?:under|over)brace|\\x(?:left|right)arrow": "horizontal space only: how many pieces draw a brace or an arrow",
+    r"\\hfill": "horizontal space only: a row moves sideways over the fraction of the row below",
+    r"\\!": "horizontal space only: glyphs overlap, so that their order is undefined",
+    r"\\wide(?:tilde|hat)": "level 2: another size of the accent",
 }
-DELIMITERS = (
-    {("cmr", code) for code in b"()[]/"} | {("cmsy", code) for code in b"fghijkbcdelmn"} | {("cmmi", ord("="))}
-)
+DELIMITERS = {("cmr", code) for code in b"()[]/"} | {("cmsy", code) for code in b"fghijkbcdelmn"} | {("cmmi", 61)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--formulas", type=Path, required=True, help="gzipped lines: key, raw LaTeX or nothing, label")
     parser.add_argument("--pairs", type=Path, help='JSON: {"EQ": [[a, b, reason], ...], "NE": [...]}')
-    parser.add_argument(
-        "--num-proof", type=int, default=6000, help="formulas to set with latex, from all sources alike"
-    )
+    parser.add_argument("--num-proof", type=int, default=6000, help="formulas to set with latex")
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     with gzip.open(arguments.formulas, "rt", encoding="utf-8") as file:
@@ -107,9 +108,8 @@ def proof(formulas: list[str], *, level: int) -> dict:
         if a.error:
             continue
         num_rendered += 1
-        if b.error or not (
-            same_picture(a, b, horizontal_space=False) if level == 1 else characters(a) == characters(b)
-        ):
+        same = same_picture(a, b, horizontal_space=False) if level == 1 else characters(a) == characters(b)
+        if b.error or not same:
             exceptions.append({"formula": text, "canonical": after, "error": b.error, "cause": cause(text)})
     return {
         "num_formulas": len(formulas),
