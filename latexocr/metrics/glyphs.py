@@ -27,11 +27,12 @@ def same_picture(a: Any, b: Any, *, horizontal_space: bool = True) -> bool:
         b: the other.
         horizontal_space: False: horizontal space may differ; see the head of this module.
     """
-    if a.error or b.error or len(a.rules) != len(b.rules):
+    if a.error or b.error:
         return False
-    if horizontal_space:
-        return len(a.glyphs) == len(b.glyphs) and _placed_equally(a, b)
-    return _placed_equally(a, b) or _in_order_equally(boxes(a), boxes(b))
+    counts_agree = len(a.glyphs) == len(b.glyphs) and len(a.rules) == len(b.rules)
+    if counts_agree and _placed_equally(a, b):
+        return True
+    return not horizontal_space and _in_order_equally(boxes(a), boxes(b))
 
 
 def _placed_equally(a: Any, b: Any) -> bool:
@@ -73,8 +74,8 @@ class Box(NamedTuple):
     """A glyph or rule among its fellows, in the order of print; lengths in TeX points, y upwards."""
 
     font: str  # empty for a rule
-    code: int
     size: float  # of a rule: its thickness
+    code: int
     x: float
     y: float
     width: float
@@ -83,26 +84,49 @@ class Box(NamedTuple):
 
 
 def boxes(rendering: Any) -> list[Box]:
-    """Glyphs and rules in one list in the order of print; a glyph repeated to make a long arrow is one box."""
-    glyphs = _merge_ellipses(_merge_runs(rendering.glyphs))
-    spans = [_span(rule, rendering.rules, glyphs) for rule in rendering.rules]
-    found = [(number, Box(g.font, g.code, g.size, g.x, g.y, g.width, (), ())) for number, g in enumerate(glyphs)]
-    for rule, (above, below) in zip(rendering.rules, spans, strict=True):
-        box = Box("", 0, rule.height, rule.x, rule.y, rule.width, above, below)
-        found.append((_place(rule, above, below, glyphs), box))
+    """Glyphs and rules in one list in the order of print; what is drawn from pieces of several glyphs is one box."""
+    glyphs = _merge_ellipses(_merge_pieces(rendering.glyphs))
+    found = []
+    for number, glyph in enumerate(glyphs):
+        span = _span(glyph, rendering.rules, glyphs) if glyph.code >= _LONG else ((), ())
+        found.append((float(number), Box(*glyph, *span)))
+    for rule in rendering.rules:
+        if not any(
+            glyph.code >= _LONG and abs(glyph.y - rule.y) <= TOLERANCE_PT for glyph in glyphs
+        ):  # part of a brace
+            above, below = _span(rule, rendering.rules, glyphs)
+            box = Box("", rule.height, 0, rule.x, rule.y, rule.width, above, below)
+            found.append((_place(rule, above, below, glyphs), box))
     return [box for _, box in sorted(found, key=lambda pair: pair[0])]
 
 
-def _merge_runs(glyphs: Sequence[Any]) -> list[Any]:
-    """One glyph for a run of a glyph that overlaps itself (arrows), and for the pieces of a tall bracket."""
+def _merge_pieces(glyphs: Sequence[Any]) -> list[Any]:
+    """One glyph for the pieces of a long arrow or horizontal brace, and of a tall bracket.
+
+    A long one gets a code that no font has, whatever its length: that is horizontal space.
+    """
     merged: list[Any] = []
     for glyph in glyphs:
         last = merged[-1] if merged else None
-        if last is not None and (_continues_row(last, glyph) or _continues_bracket(last, glyph)):
-            merged[-1] = last._replace(width=max(last.width, glyph.x + glyph.width - last.x))
-        else:
+        if last is not None and _continues_long(last, glyph):
+            code = _LONG * (last.code < _LONG) + last.code + (glyph.code if _is(_HEADS, glyph) else 0)
+            merged[-1] = last._replace(code=code, width=glyph.x + glyph.width - last.x)
+        elif last is None or not _continues_bracket(last, glyph):
             merged.append(glyph)
     return merged
+
+
+def _is(places: set[tuple[str, int]], glyph: Any) -> bool:
+    return (glyph.font.rstrip("0123456789"), glyph.code % _LONG) in places
+
+
+def _continues_long(last: Any, glyph: Any) -> bool:
+    if abs(glyph.y - last.y) > TOLERANCE_PT:
+        return False
+    if _is(_BRACE, glyph):
+        return _is(_BRACE, last) and glyph.x + TOLERANCE_PT > last.x + last.width
+    is_arrow = _is(_BARS | _HEADS, glyph) and (last.code >= _LONG or _is(_BARS | _HEADS, last))
+    return is_arrow and last.x <= glyph.x < last.x + last.width - 0.1
 
 
 def _merge_ellipses(glyphs: list[Any]) -> list[Any]:
@@ -118,11 +142,6 @@ def _merge_ellipses(glyphs: list[Any]) -> list[Any]:
     return merged
 
 
-def _continues_row(last: Any, glyph: Any) -> bool:
-    in_row = glyph[:3] == last[:3] and abs(glyph.y - last.y) <= TOLERANCE_PT
-    return in_row and last.x <= glyph.x < last.x + last.width - 0.1
-
-
 def _continues_bracket(last: Any, glyph: Any) -> bool:
     if glyph.font != last.font or abs(glyph.x - last.x) > TOLERANCE_PT or not glyph.font.startswith("cmex"):
         return False
@@ -130,22 +149,46 @@ def _continues_bracket(last: Any, glyph: Any) -> bool:
 
 
 def _span(rule: Any, rules: Sequence[Any], glyphs: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Which glyphs stand on a horizontal rule and which under it; a longer rule between shields them."""
-    right = rule.x + rule.width
+    """Which glyphs stand on a horizontal rule and which under it: those printed just before and after it.
+
+    A longer rule shields what is beyond it. In a matrix the row above or below does not belong to the rule either:
+    its glyphs are not neighbours in the order of print.
+    """
     above, below = [], []
     for number, glyph in enumerate(glyphs):
-        if not rule.x - TOLERANCE_PT <= glyph.x + glyph.width / 2 <= right + TOLERANCE_PT:
-            continue
-        low, high = sorted((rule.y, glyph.y))
-        if any(
-            low + TOLERANCE_PT < other.y < high - TOLERANCE_PT
-            and other.width > rule.width + TOLERANCE_PT
-            and other.x <= glyph.x + glyph.width / 2 <= other.x + other.width
-            for other in rules
+        middle = glyph.x + glyph.width / 2
+        if (
+            glyph.y != rule.y
+            and _covers(rule, middle)
+            and not any(_shields(other, rule, glyph.y, middle) for other in rules)
         ):
-            continue
-        (above if glyph.y > rule.y else below).append(number)
+            (above if glyph.y > rule.y else below).append(number)
+    above = _run(above[::-1])[::-1]
+    below = _run([number for number in below if not above or number > above[-1]] or below)
+    if above and below and above[-1] + 1 != below[0]:  # one side is another row; the gap on the other is small
+        gap_above = glyphs[above[-1]].y - rule.y - 0.2 * glyphs[above[-1]].size
+        gap_below = rule.y - glyphs[below[0]].y - 0.7 * glyphs[below[0]].size
+        if gap_above < gap_below:
+            below = []
+        else:
+            above = []
     return tuple(above), tuple(below)
+
+
+def _covers(rule: Any, x: float) -> bool:
+    return rule.x - TOLERANCE_PT <= x <= rule.x + rule.width + TOLERANCE_PT
+
+
+def _shields(other: Any, rule: Any, y: float, x: float) -> bool:
+    low, high = sorted((rule.y, y))
+    is_between = low + TOLERANCE_PT < other.y < high - TOLERANCE_PT
+    return is_between and other.width > rule.width + TOLERANCE_PT and _covers(other, x)
+
+
+def _run(numbers: list[int]) -> list[int]:
+    """The first numbers, as long as each is the neighbour of the one before."""
+    end = next((k for k in range(1, len(numbers)) if abs(numbers[k] - numbers[k - 1]) != 1), len(numbers))
+    return numbers[:end]
 
 
 def _place(rule: Any, above: tuple[int, ...], below: tuple[int, ...], glyphs: Sequence[Any]) -> float:
@@ -162,7 +205,7 @@ def _in_order_equally(a: list[Box], b: list[Box]) -> bool:
     if len(a) != len(b):
         return False
     for one, other in zip(a, b, strict=True):
-        if one[:2] != other[:2] or one.above != other.above or one.below != other.below:
+        if one.font != other.font or one.code != other.code or one.above != other.above or one.below != other.below:
             return False
         if abs(one.size - other.size) > TOLERANCE_PT:
             return False
@@ -264,7 +307,8 @@ def _credit(ours: list[Box], theirs: list[Box]) -> np.ndarray:
     def near(name: str) -> np.ndarray:
         return np.abs(np.subtract.outer(a[name], b[name])) <= reach
 
-    place = np.maximum(near("y"), ONLY_RELATIVE * (near("rise") + near("fall").astype(float)) / 2)
+    other_size = symbol & ~np.equal.outer(a["code"], b["code"])  # of a bracket: its height says nothing of its place
+    place = np.maximum(near("y") | other_size, ONLY_RELATIVE * (near("rise") + near("fall").astype(float)) / 2)
     bars = np.equal.outer(a["num_under"], b["num_under"]) & np.equal.outer(a["num_over"], b["num_over"])
     cover = (_share(a["num_above"], b["num_above"]) + _share(a["num_below"], b["num_below"])) / 2
     lost = SIZE_LOSS * (1 - size * cover) + PLACE_LOSS * (1 - place * (1 + bars) / 2)
@@ -366,4 +410,8 @@ _SIZED = {
 }
 _DOTS = {("cmmi", 58), ("cmr", 46), ("cmsy", 1)}
 _ELLIPSIS = 1000
+_BARS = {("cmsy", 0), ("cmr", 61)}  # minus and equals sign: what long arrows are lengthened with
+_HEADS = {("cmsy", code) for code in (32, 33, 36, 40, 41, 44)}
+_BRACE = {("cmex", code) for code in (122, 123, 124, 125)}  # pieces of \overbrace and \underbrace, joined by rules
+_LONG = 2000
 _MIDDLE_OF_BRACE = 62  # the one piece that both braces are stretched with
