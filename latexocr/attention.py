@@ -21,7 +21,7 @@ VARLEN = "flash_varlen_torch"
 # Kernels are chosen by the longest sequence; a few fixed sizes keep compiled code from being compiled again.
 LENGTH_STEP = 512
 VARLEN_CAPABILITY = (8, 0)  # Ampere and later, in 16 bits: what the kernel is written for
-# Grouped key-value heads: PyTorch 2.12 and later; 2.11 needs them repeated.
+# Grouped key-value heads: PyTorch 2.12 and later want to be told; 2.11 takes them as they are.
 KNOWS_GROUPS = "enable_gqa" in inspect.signature(varlen_attn).parameters
 
 
@@ -80,12 +80,8 @@ def _kernel(
     causal: bool, scaling: float | None,
 ) -> torch.Tensor:  # fmt: skip
     options: dict[str, Any] = {"scale": scaling, "window_size": (-1, 0) if causal else (-1, -1)}
-    groups = query.shape[1] // key.shape[1]
-    if groups > 1 and KNOWS_GROUPS:
+    if KNOWS_GROUPS and query.shape[1] > key.shape[1]:
         options["enable_gqa"] = True
-    elif groups > 1:
-        key, value = (tensor.repeat_interleave(groups, dim=1) for tensor in (key, value))
-    query, key, value = (tensor.contiguous() for tensor in (query, key, value))
     return varlen_attn(query, key, value, cu_seqlens, cu_seqlens, longest, longest, **options)
 
 

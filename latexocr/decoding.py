@@ -26,6 +26,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import VARLEN_CAPABILITY, bucketed, varlen_attention
 from latexocr.collate import rope_positions
+from latexocr.layers import fuse_layers, kernels_available
 from latexocr.modeling import inner_model
 
 DECODING = "flash_varlen_decoding"  # "flash" in the name: see latexocr.attention
@@ -103,6 +104,8 @@ class Decoder:
         self._inner = inner_model(model)
         self._text, self._head = self._inner.model.language_model, self._inner.lm_head
         self._device = self._inner.device
+        if kernels_available():
+            fuse_layers(self._inner)
         ends = config.eos_token_id
         self._ends = torch.tensor([ends] if isinstance(ends, int) else list(ends), device=self._device)
         self._pad, self._max_new_tokens = config.pad_token_id, config.max_new_tokens

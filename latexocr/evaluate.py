@@ -1,4 +1,8 @@
-"""Stage 5: model and data -> predictions.jsonl and metrics.json; and metrics from a predictions file alone."""
+"""Stage 5: model and data -> predictions.jsonl and all that can be said of them; or from a predictions file alone.
+
+Read `assess` for the story: texts are normalised and rendered once, every metric says what each row adds, and
+figures, intervals, slices and comparisons are weighted sums of that one table (`latexocr.metrics.bootstrap`).
+"""
 
 from __future__ import annotations
 
@@ -116,9 +120,13 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     """
     if not path.is_file():
         raise InputError(f"{path}: no such predictions file; `latexocr evaluate` writes one")
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error.reason} at byte {error.start})") from error
     rows: list[dict[str, Any]] = []
     lines: dict[str, int] = {}
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         row = _prediction(f"{path} line {number}", line)
@@ -136,6 +144,9 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
 def _prediction(where: str, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
+        if "\\ud" in line.lower():  # half a character, which no file can hold: U+FFFD stands for it
+            text = json.dumps(row, ensure_ascii=False).encode("utf-16", "surrogatepass")
+            row = json.loads(text.decode("utf-16", "replace"))
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: malformed JSON ({error.msg})") from error
     kinds = {"id": (str, int), "reference": str, "prediction": (str, type(None))}

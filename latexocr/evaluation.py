@@ -68,6 +68,7 @@ def _line(name: str, value: float, metrics: dict[str, float], compared: dict[str
 
 
 def _short(value: float) -> str:
+    value = round(value, 4) + 0.0  # no -0
     return f"{value:.4f}" if value % 1 else f"{value:g}"
 
 

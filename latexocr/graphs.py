@@ -42,7 +42,9 @@ class GradientBuffer:
 
 
 class StepGraphs:
-    """Runs `compute` and its backward pass; from the second time a shape comes, as a graph.
+    """Runs `compute` and its backward pass: the first micro-batch as it is, all others as graphs, one a shape.
+
+    A shape that cannot be captured when it first comes (a kernel may not be loaded meanwhile) runs as it is once.
 
     Args:
         compute: (inputs, number of supervised tokens) -> loss; no synchronisation with the host, no random state.
@@ -61,7 +63,7 @@ class StepGraphs:
             (name, tuple(value.shape), value.dtype) if isinstance(value, torch.Tensor) else (name, value)
             for name, value in inputs.items()
         )
-        if key not in self._graphs and self._works and key in self._seen and len(self._graphs) < MAX_GRAPHS:
+        if key not in self._graphs and self._works and self._seen and len(self._graphs) < MAX_GRAPHS:
             self._capture(key, inputs, num_items)
         self._seen.add(key)
         if key in self._graphs:
@@ -80,10 +82,12 @@ class StepGraphs:
         try:
             self._graphs[key] = _Graph(self._compute, inputs, num_items, self._pool)
         except RuntimeError as error:
+            torch.cuda.synchronize()
+            if key not in self._seen:
+                return
             self._works = False
             reason = str(error).split("\n")[0]
             logger.warning(f"steps are not captured as CUDA graphs ({reason}); small batches train slower")
-            torch.cuda.synchronize()
 
 
 class _Graph:

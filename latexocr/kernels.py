@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 HALF = 64  # columns a half tile; elements this far apart share 32 random bits, see `latexocr.lora.keep_mask`
+ELEMENTS = 2048  # a program of the elementwise kernels
 PROGRAMS = 528  # that fill a GPU four times; with these heights and stages the fastest of 18 on an H200
 
 
@@ -33,16 +34,30 @@ def _keep(tile, bits, threshold):
 
 
 @triton.jit
+def _gated(gate, up):
+    activated = gate.to(tl.float32) * tl.sigmoid(gate.to(tl.float32))
+    return (activated.to(gate.dtype).to(tl.float32) * up.to(tl.float32)).to(gate.dtype)
+
+
+@triton.jit
+def _gate_grads(grad, gate, up):
+    """Gradients of gate and up, all in float32."""
+    open_share = tl.sigmoid(gate)
+    return grad * up * open_share * (1 + gate * (1 - open_share)), grad * gate * open_share
+
+
+@triton.jit
 def _down_kernel(
-    x, x_stride, a, seeds, out, sums, num_rows, num_columns, columns_a_part, threshold, ADAPTERS: tl.constexpr,
-    RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
+    x, up, x_stride, a, seeds, out, sums, num_rows, num_columns, columns_a_part, threshold, adapters,
+    GATED: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     first = tl.program_id(0) * BM
     part, adapter = tl.program_id(1), tl.program_id(2)
     rows, ranks, lane = tl.arange(0, BM)[:, None], tl.arange(0, RANK), tl.arange(0, HALF)[None, :]
     inside = first + rows < num_rows
-    out_stride = num_columns + ADAPTERS * RANK
+    out_stride = num_columns + adapters * RANK
     x += first.to(tl.int64) * x_stride
+    up += first.to(tl.int64) * x_stride
     out += first.to(tl.int64) * out_stride
     hash_rows = (first + rows) * (tl.cdiv(num_columns, 2 * HALF) * HALF)
     key = tl.load(seeds + adapter)
@@ -53,6 +68,9 @@ def _down_kernel(
         in_left, in_right = inside & (left < num_columns), inside & (right < num_columns)
         tile_left = tl.load(x + rows * x_stride + left, mask=in_left, other=0.0)
         tile_right = tl.load(x + rows * x_stride + right, mask=in_right, other=0.0)
+        if GATED:
+            tile_left = _gated(tile_left, tl.load(up + rows * x_stride + left, mask=in_left, other=0.0))
+            tile_right = _gated(tile_right, tl.load(up + rows * x_stride + right, mask=in_right, other=0.0))
         along = start + tl.arange(0, HALF)[:, None]
         weights = a + (adapter * RANK + ranks[None, :]) * num_columns + along
         a_left = tl.load(weights, mask=along < num_columns, other=0.0)
@@ -65,33 +83,33 @@ def _down_kernel(
             tile_left, tile_right = _keep(tile_left, bits_left, threshold), _keep(tile_right, bits_right, threshold)
         total = tl.dot(tile_left, a_left, total)
         total = tl.dot(tile_right, a_right, total)
-    target = ((part * num_rows + first + rows) * ADAPTERS + adapter) * RANK + ranks[None, :]
+    target = ((part * num_rows + first + rows) * adapters + adapter) * RANK + ranks[None, :]
     tl.store(sums + target, total, mask=inside)
 
 
 @triton.jit
-def _sum_kernel(sums, out, num_rows, num_columns, num_parts, factor, WIDTH: tl.constexpr, BM: tl.constexpr):
+def _sum_kernel(sums, out, num_rows, num_columns, num_parts, factor, width, BM: tl.constexpr):
     rows = tl.program_id(0) * BM + tl.arange(0, BM)[:, None]
     lane = tl.arange(0, 64)[None, :]
-    for start in tl.static_range(0, WIDTH, 64):
-        valid = (rows < num_rows) & (start + lane < WIDTH)
+    for start in range(0, width, 64):
+        valid = (rows < num_rows) & (start + lane < width)
         total = tl.zeros((BM, 64), dtype=tl.float32)
         for part in range(num_parts):
-            total += tl.load(sums + (part * num_rows + rows) * WIDTH + start + lane, mask=valid, other=0.0)
-        target = out + rows.to(tl.int64) * (num_columns + WIDTH) + num_columns + start + lane
+            total += tl.load(sums + (part * num_rows + rows) * width + start + lane, mask=valid, other=0.0)
+        target = out + rows.to(tl.int64) * (num_columns + width) + num_columns + start + lane
         tl.store(target, (total * factor).to(out.dtype.element_ty), mask=valid)
 
 
 @triton.jit
 def _grad_a_kernel(
-    x, grad_down, seeds, out, num_rows, num_columns, rows_a_part, threshold, factor, ADAPTERS: tl.constexpr,
+    x, grad_down, seeds, out, num_rows, num_columns, rows_a_part, threshold, factor, adapters,
     RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(0) * 2 * HALF
     part, adapter = tl.program_id(1), tl.program_id(2)
     ranks, lane = tl.arange(0, RANK)[:, None], tl.arange(0, HALF)[None, :]
     left, right = start + lane, start + HALF + lane
-    stride = num_columns + ADAPTERS * RANK
+    stride = num_columns + adapters * RANK
     hash_stride = tl.cdiv(num_columns, 2 * HALF) * HALF
     key = tl.load(seeds + adapter)
     sum_left = tl.zeros((RANK, HALF), dtype=tl.float32)
@@ -113,28 +131,28 @@ def _grad_a_kernel(
             tile_left, tile_right = _keep(tile_left, bits_left, threshold), _keep(tile_right, bits_right, threshold)
         sum_left = tl.dot(grads, tile_left, sum_left)
         sum_right = tl.dot(grads, tile_right, sum_right)
-    target = out + ((part * ADAPTERS + adapter) * RANK + ranks) * num_columns
+    target = out + ((part * adapters + adapter) * RANK + ranks) * num_columns
     tl.store(target + left, sum_left * factor, mask=left < num_columns)
     tl.store(target + right, sum_right * factor, mask=right < num_columns)
 
 
 @triton.jit
 def _grad_x_kernel(
-    grad, a, seeds, out, num_rows, num_columns, threshold, factor, ADAPTERS: tl.constexpr,
-    RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
+    grad, a, seeds, out, gate, up, out_up, num_rows, num_columns, threshold, factor, adapters,
+    GATED: tl.constexpr, RANK: tl.constexpr, DROPOUT: tl.constexpr, BM: tl.constexpr, HALF: tl.constexpr,
 ):  # fmt: skip
     first, start = tl.program_id(0) * BM, tl.program_id(1) * 2 * HALF
     rows, ranks, lane = tl.arange(0, BM)[:, None], tl.arange(0, RANK), tl.arange(0, HALF)[None, :]
     left, right = start + lane, start + HALF + lane
     inside = first + rows < num_rows
     in_left, in_right = inside & (left < num_columns), inside & (right < num_columns)
-    stride = num_columns + ADAPTERS * RANK
+    stride = num_columns + adapters * RANK
     grad += first.to(tl.int64) * stride
     out += first.to(tl.int64) * num_columns
     hash_rows = (first + rows) * (tl.cdiv(num_columns, 2 * HALF) * HALF)
     total_left = tl.load(grad + rows * stride + left, mask=in_left, other=0.0).to(tl.float32)
     total_right = tl.load(grad + rows * stride + right, mask=in_right, other=0.0).to(tl.float32)
-    for adapter in tl.static_range(ADAPTERS):
+    for adapter in range(adapters):
         grads = tl.load(grad + rows * stride + num_columns + adapter * RANK + ranks[None, :], mask=inside, other=0.0)
         weights = a + (adapter * RANK + ranks[:, None]) * num_columns
         through_left = tl.dot(grads, tl.load(weights + left, mask=left < num_columns, other=0.0))
@@ -145,11 +163,24 @@ def _grad_x_kernel(
             through_right = _keep(through_right, bits_right, threshold)
         total_left += through_left * factor
         total_right += through_right * factor
-    tl.store(out + rows * num_columns + left, total_left.to(out.dtype.element_ty), mask=in_left)
-    tl.store(out + rows * num_columns + right, total_right.to(out.dtype.element_ty), mask=in_right)
+    place_left, place_right = rows * num_columns + left, rows * num_columns + right
+    if GATED:
+        shift = first.to(tl.int64) * num_columns
+        gates = tl.load(gate + shift + place_left, mask=in_left, other=0.0).to(tl.float32)
+        ups = tl.load(up + shift + place_left, mask=in_left, other=0.0).to(tl.float32)
+        total_left, grad_up = _gate_grads(total_left, gates, ups)
+        tl.store(out_up + shift + place_left, grad_up.to(out.dtype.element_ty), mask=in_left)
+        gates = tl.load(gate + shift + place_right, mask=in_right, other=0.0).to(tl.float32)
+        ups = tl.load(up + shift + place_right, mask=in_right, other=0.0).to(tl.float32)
+        total_right, grad_up = _gate_grads(total_right, gates, ups)
+        tl.store(out_up + shift + place_right, grad_up.to(out.dtype.element_ty), mask=in_right)
+    tl.store(out + place_left, total_left.to(out.dtype.element_ty), mask=in_left)
+    tl.store(out + place_right, total_right.to(out.dtype.element_ty), mask=in_right)
 
 
-def lora_down(x: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float) -> torch.Tensor:
+def lora_down(
+    x: torch.Tensor, up: torch.Tensor | None, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
+) -> torch.Tensor:
     """See `latexocr.lora.lora_down`."""
     (num_rows, num_columns), width, adapters = x.shape, a.shape[0], len(seeds)
     height = 32
@@ -159,11 +190,11 @@ def lora_down(x: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: 
     out = x.new_empty(num_rows, num_columns + width)
     sums = torch.empty(parts, num_rows, width, dtype=torch.float32, device=x.device)
     _down_kernel[(strips, parts, adapters)](
-        x, x.stride(0), a, seeds, out, sums, num_rows, num_columns, tiles_a_part * 2 * HALF, threshold,
-        ADAPTERS=adapters, RANK=width // adapters, DROPOUT=threshold > 0, BM=height, HALF=HALF,
+        x, x if up is None else up, x.stride(0), a, seeds, out, sums, num_rows, num_columns, tiles_a_part * 2 * HALF,
+        threshold, adapters, GATED=up is not None, RANK=width // adapters, DROPOUT=threshold > 0, BM=height, HALF=HALF,
         num_warps=4, num_stages=3,
     )  # fmt: skip
-    _sum_kernel[(triton.cdiv(num_rows, 16),)](sums, out, num_rows, num_columns, parts, factor, WIDTH=width, BM=16)
+    _sum_kernel[(triton.cdiv(num_rows, 16),)](sums, out, num_rows, num_columns, parts, factor, width, BM=16)
     return out
 
 
@@ -178,24 +209,64 @@ def lora_grad_a(
     rows_a_part = triton.cdiv(num_rows, parts * 32) * 32
     sums = torch.empty(parts, width, num_columns, dtype=torch.float32, device=x_and_down.device)
     _grad_a_kernel[(tiles, parts, adapters)](
-        x_and_down, grad_down, seeds, sums, num_rows, num_columns, rows_a_part, threshold, factor,
-        ADAPTERS=adapters, RANK=width // adapters, DROPOUT=threshold > 0, BM=32, HALF=HALF, num_warps=4, num_stages=3,
+        x_and_down, grad_down, seeds, sums, num_rows, num_columns, rows_a_part, threshold, factor, adapters,
+        RANK=width // adapters, DROPOUT=threshold > 0, BM=32, HALF=HALF, num_warps=4, num_stages=3,
     )  # fmt: skip
     return sums.sum(0) if parts > 1 else sums[0]
 
 
 def lora_grad_x(
-    grad: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
-) -> torch.Tensor:
+    grad: torch.Tensor, gates: tuple[torch.Tensor, torch.Tensor] | None, a: torch.Tensor, seeds: torch.Tensor,
+    threshold: int, factor: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
     """See `latexocr.lora.lora_grad_x`."""
     width, adapters = a.shape[0], len(seeds)
     num_rows, num_columns = grad.shape[0], grad.shape[1] - width
     out = grad.new_empty(num_rows, num_columns)
+    out_up = None if gates is None else torch.empty_like(out)
     _grad_x_kernel[(triton.cdiv(num_rows, 64), triton.cdiv(num_columns, 2 * HALF))](
-        grad, a, seeds, out, num_rows, num_columns, threshold, factor,
-        ADAPTERS=adapters, RANK=width // adapters, DROPOUT=threshold > 0, BM=64, HALF=HALF, num_warps=8,
+        grad, a, seeds, out, *((out, out, out) if gates is None else (*gates, out_up)), num_rows, num_columns,
+        threshold, factor, adapters, GATED=gates is not None, RANK=width // adapters, DROPOUT=threshold > 0, BM=64,
+        HALF=HALF, num_warps=8,
     )  # fmt: skip
-    return out
+    return out, out_up
+
+
+@triton.jit
+def _copy_kernel(tensors, blocks, num_blocks, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+    number = tl.load(blocks + 2 * tl.program_id(0))
+    entry = tensors + 5 * number
+    source = tl.load(entry).to(tl.pointer_type(tl.float32))
+    target = tl.load(entry + 1).to(tl.pointer_type(DTYPE))
+    size, num_columns, stride = tl.load(entry + 2), tl.load(entry + 3), tl.load(entry + 4)
+    places = tl.load(blocks + 2 * tl.program_id(0) + 1) + tl.arange(0, BLOCK)
+    values = tl.load(source + places, mask=places < size, other=0.0)
+    rows = places // num_columns
+    tl.store(target + rows * stride + places - rows * num_columns, values.to(DTYPE), mask=places < size)
+
+
+class Copies:
+    """Copies many float32 matrices to rows of other matrices in another type, all with one kernel.
+
+    Args:
+        targets: (rows, columns) each, rows may lie apart.
+        sources: as many, contiguous.
+    """
+
+    def __init__(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        self.addresses = [source.data_ptr() for source in sources]
+        entries = [
+            (source.data_ptr(), target.data_ptr(), source.numel(), source.shape[1], target.stride(0))
+            for source, target in zip(sources, targets, strict=True)
+        ]
+        blocks = [(i, start) for i, entry in enumerate(entries) for start in range(0, entry[2], 2 * ELEMENTS)]
+        self._tensors, self._blocks = (torch.tensor(rows, device=targets[0].device) for rows in (entries, blocks))
+        self._dtype = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}.get(targets[0].dtype, tl.float32)
+
+    def __call__(self) -> None:
+        _copy_kernel[(len(self._blocks),)](
+            self._tensors, self._blocks, len(self._blocks), DTYPE=self._dtype, BLOCK=2 * ELEMENTS, num_warps=8
+        )
 
 
 @triton.jit
@@ -299,17 +370,13 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
     return grad_x
 
 
-ELEMENTS = 2048  # a program of the elementwise kernels
-
-
 @triton.jit
 def _swiglu_kernel(gate, up, y, num_elements, BLOCK: tl.constexpr):
     places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = places < num_elements
-    gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
-    ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
-    activated = (gates * tl.sigmoid(gates)).to(gate.dtype.element_ty).to(tl.float32)
-    tl.store(y + places, (activated * ups).to(y.dtype.element_ty), mask=inside)
+    gates = tl.load(gate + places, mask=inside, other=0.0)
+    ups = tl.load(up + places, mask=inside, other=0.0)
+    tl.store(y + places, _gated(gates, ups), mask=inside)
 
 
 @triton.jit
@@ -319,10 +386,9 @@ def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, num_elements, BL
     grads = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
     gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
     ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
-    open_share = tl.sigmoid(gates)
-    slope = open_share * (1 + gates * (1 - open_share))
-    tl.store(grad_gate + places, (grads * ups * slope).to(grad_gate.dtype.element_ty), mask=inside)
-    tl.store(grad_up + places, (grads * gates * open_share).to(grad_up.dtype.element_ty), mask=inside)
+    grads_gate, grads_up = _gate_grads(grads, gates, ups)
+    tl.store(grad_gate + places, grads_gate.to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + places, grads_up.to(grad_up.dtype.element_ty), mask=inside)
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:

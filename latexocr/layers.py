@@ -20,17 +20,14 @@ import torch
 from torch.nn.functional import layer_norm
 from transformers.activations import QuickGELUActivation
 
+from latexocr import lora
+
 ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
 
 
 def kernels_available() -> bool:
     """Whether there is a GPU that Triton writes kernels for."""
     return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
-
-
-def takes(x: torch.Tensor) -> bool:
-    """Whether the kernels run where `x` is."""
-    return x.is_cuda
 
 
 def fuse_layers(model: torch.nn.Module) -> None:
@@ -85,14 +82,14 @@ class FusedRMSNorm(_Fused):
     """x / sqrt(mean(x^2) + eps) * weight, over the last dimension (RMSNorm, arXiv:1910.07467)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _RMSNorm.apply(x, self.weight, self.variance_epsilon) if takes(x) else super().forward(x)
+        return _RMSNorm.apply(x, self.weight, self.variance_epsilon) if lora.takes(x) else super().forward(x)
 
 
 class FusedLayerNorm(_Fused):
     """PyTorch's own kernel, also under autocast, which would make float32 of input and output."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not takes(x):
+        if not lora.takes(x):
             return super().forward(x)
         with torch.autocast("cuda", enabled=False):
             return layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
@@ -102,16 +99,19 @@ class FusedGatedMlp(_Fused):
     """down(silu(gate(x)) * up(x))   (SwiGLU, arXiv:2002.05202)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not takes(x):
+        if not lora.takes(x):
             return super().forward(x)
-        return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+        gate, up = self.gate_proj(x), self.up_proj(x)
+        if self.training and type(self.down_proj) is lora.FusedLora:
+            return self.down_proj.gated(gate, up)
+        return self.down_proj(_SwiGLU.apply(gate, up))
 
 
 class FusedQuickGELU(_Fused):
     """x * sigmoid(1.702 x)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return _QuickGELU.apply(x) if takes(x) else super().forward(x)
+        return _QuickGELU.apply(x) if lora.takes(x) else super().forward(x)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -196,7 +196,7 @@ def _fused_rotary(replaced: Callable) -> Callable:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         in_rows = q.dim() == 3
         each = [x if in_rows else x.transpose(1, 2) for x in (q, k)]  # (..., heads, head_dim)
-        if not takes(q) or args or kwargs or any((*x.shape[:-2], x.shape[-1]) != cos.shape for x in each):
+        if not lora.takes(q) or args or kwargs or any((*x.shape[:-2], x.shape[-1]) != cos.shape for x in each):
             return replaced(q, k, cos, sin, *args, **kwargs)
         cos, sin = cos.contiguous(), sin.contiguous()
         q, k = (_Rotation.apply(x, cos, sin) for x in each)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
 
 ADAPTER = "default"
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -60,12 +60,24 @@ def _dropped(x: torch.Tensor, seed: torch.Tensor, threshold: int) -> torch.Tenso
     return x * keep_mask(*x.shape, seed, threshold) if threshold else x
 
 
-def lora_down(x: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float) -> torch.Tensor:
-    """x|h (rows, in + adapters * r): the input, and its projections through dropout and A, times `factor`."""
-    if x.is_cuda:
+def takes(x: torch.Tensor) -> bool:
+    """Whether the kernels run where `x` is."""
+    return x.is_cuda
+
+
+def lora_down(
+    x: torch.Tensor, up: torch.Tensor | None, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
+) -> torch.Tensor:
+    """x|h (rows, in + adapters * r): the input, and its projections through dropout and A, times `factor`.
+
+    With `up` (rows, in) the input is silu(x) * up.
+    """
+    if takes(x):
         from latexocr import kernels
 
-        return kernels.lora_down(x, a, seeds, threshold, factor)
+        return kernels.lora_down(x, up, a, seeds, threshold, factor)
+    if up is not None:
+        x = silu(x) * up
     pairs = zip(a.chunk(len(seeds)), seeds, strict=True)
     return torch.cat([x, *(_dropped(x, seed, threshold) @ part.T * factor for part, seed in pairs)], dim=1)
 
@@ -74,7 +86,7 @@ def lora_grad_a(
     x_and_down: torch.Tensor, grad_down: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
 ) -> torch.Tensor:
     """Gradient of A (adapters * r, in) in float32, from x|h and the gradient of h (rows, adapters * r)."""
-    if x_and_down.is_cuda:
+    if takes(x_and_down):
         from latexocr import kernels
 
         return kernels.lora_grad_a(x_and_down, grad_down, seeds, threshold, factor)
@@ -84,17 +96,22 @@ def lora_grad_a(
 
 
 def lora_grad_x(
-    grad: torch.Tensor, a: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float
-) -> torch.Tensor:
-    """Gradient of x (rows, in), from that of x|h (rows, in + adapters * r)."""
-    if grad.is_cuda:
+    grad: torch.Tensor, gates: tuple[torch.Tensor, torch.Tensor] | None, a: torch.Tensor, seeds: torch.Tensor,
+    threshold: int, factor: float,
+) -> tuple[torch.Tensor, torch.Tensor | None]:  # fmt: skip
+    """Gradient of x (rows, in), from that of x|h (rows, in + adapters * r); of both `gates` where they made x."""
+    if takes(grad):
         from latexocr import kernels
 
-        return kernels.lora_grad_x(grad, a, seeds, threshold, factor)
+        return kernels.lora_grad_x(grad, gates, a, seeds, threshold, factor)
     total, parts = grad[:, : a.shape[1]], grad[:, a.shape[1] :].chunk(len(seeds), dim=1)
     for part, weights, seed in zip(parts, a.chunk(len(seeds)), seeds, strict=True):
         total = total + _dropped(part @ weights * factor, seed, threshold)
-    return total
+    if gates is None:
+        return total, None
+    gate, up = gates
+    share = gate.sigmoid()
+    return total * up * share * (1 + gate * (1 - share)), total * silu(gate)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -102,14 +119,15 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor,
-        seeds: torch.Tensor, threshold: int, factor: float, *adapters: torch.Tensor,
+        ctx: Any, x: torch.Tensor, up: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None,
+        down: torch.Tensor, seeds: torch.Tensor, threshold: int, factor: float, *adapters: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """y (rows, out) of each layer.
 
         Args:
             ctx: keeps x|h.
             x: (rows, in).
+            up: (rows, in); the layers' input is silu(x) * up then.
             weight: W|B (all outs, in + adapters * r) in the type of `x`.
             bias: (all outs,) of the frozen layers.
             down: A (adapters * r, in) in the type of `x`.
@@ -119,8 +137,8 @@ class _LoraLinear(torch.autograd.Function):
             adapters: the parameters A (r, in) of all layers, then B (out, r): they get the gradients, their values
                 are those in `down` and `weight`.
         """
-        x_and_down = lora_down(x, down, seeds, threshold, factor)
-        ctx.save_for_backward(x_and_down, weight, down, seeds)
+        x_and_down = lora_down(x, up, down, seeds, threshold, factor)
+        ctx.save_for_backward(x_and_down, weight, down, seeds, *(() if up is None else (x, up)))
         ctx.outs, ctx.dtype = [len(b) for b in adapters[len(seeds) :]], adapters[0].dtype
         ctx.threshold, ctx.factor = threshold, factor
         biases = [None] * len(seeds) if bias is None else bias.split(ctx.outs)
@@ -128,7 +146,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_and_down, weight, down, seeds = ctx.saved_tensors
+        x_and_down, weight, down, seeds, *gates = ctx.saved_tensors
         num_columns = down.shape[1]
         grad_b = down.new_empty(sum(ctx.outs), down.shape[0] // len(ctx.outs), dtype=torch.float32)
         grad = None
@@ -142,9 +160,11 @@ class _LoraLinear(torch.autograd.Function):
             else:
                 out.copy_(grad_y.T @ h)
         grad_a = lora_grad_a(x_and_down, grad[:, num_columns:], seeds, ctx.threshold, ctx.factor)
-        grad_x = lora_grad_x(grad, down, seeds, ctx.threshold, ctx.factor) if ctx.needs_input_grad[0] else None
+        grad_x = grad_up = None
+        if ctx.needs_input_grad[0]:
+            grad_x, grad_up = lora_grad_x(grad, tuple(gates) or None, down, seeds, ctx.threshold, ctx.factor)
         grads_a, grads_b = grad_a.to(ctx.dtype).chunk(len(ctx.outs)), grad_b.to(ctx.dtype).split(ctx.outs)
-        return grad_x, None, None, None, None, None, None, *grads_a, *grads_b
+        return grad_x, grad_up, None, None, None, None, None, None, *grads_a, *grads_b
 
 
 class LoraGroup(torch.nn.Module):
@@ -173,12 +193,12 @@ class LoraGroup(torch.nn.Module):
         self.seeds = torch.zeros(len(layers), dtype=torch.long, device=like.device)
         self.outputs: list[torch.Tensor] = []
 
-    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """One output a layer, from their input (..., in)."""
+    def forward(self, x: torch.Tensor, up: torch.Tensor | None = None) -> list[torch.Tensor]:
+        """One output a layer, from their input (..., in), or from silu(x) * up."""
         x = x.to(self.weight.dtype)  # autocast computes layer norms in float32
         outputs = _LoraLinear.apply(
-            x.flatten(0, -2), self.weight, self.bias, self.down, self.seeds, self.threshold, self.factor,
-            *self.a, *self.b,
+            x.flatten(0, -2), None if up is None else up.flatten(0, -2), self.weight, self.bias, self.down, self.seeds,
+            self.threshold, self.factor, *self.a, *self.b,
         )  # fmt: skip
         return [y.unflatten(0, x.shape[:-1]) for y in outputs]
 
@@ -203,6 +223,10 @@ class FusedLora(LoraLinear):
             group.outputs = []
         return y
 
+    def gated(self, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        """The layer's output for silu(gate) * up, in training; it is the only one with that input."""
+        return self.group[0](gate, up)[0]
+
 
 class FusedLoras:
     """All LoRA layers of a model, turned into `FusedLora`.
@@ -222,13 +246,21 @@ class FusedLoras:
         for layers, group in zip(new, self._groups[len(fused) :], strict=True):
             for place, layer in enumerate(layers):
                 layer.group, layer.place, layer.__class__ = (group,), place, FusedLora
+        self._copies: Any = None
         self._places = list(itertools.chain.from_iterable(group.places() for group in self._groups))
         self._values = list(itertools.chain.from_iterable([*group.a, *group.b] for group in self._groups))
 
     @torch.no_grad()
     def prepare(self) -> None:
         """Bring A and B as the optimiser left them to where the layers read them. Before every micro-batch."""
-        torch._foreach_copy_(self._places, self._values)
+        if not takes(self._values[0]) or self._values[0].dtype != torch.float32:
+            torch._foreach_copy_(self._places, self._values)
+            return
+        if self._copies is None or self._copies.addresses != [value.data_ptr() for value in self._values]:
+            from latexocr import kernels
+
+            self._copies = kernels.Copies(self._places, self._values)
+        self._copies()
 
     def reseed(self, seed: int) -> None:
         """Other dropout masks: before every micro-batch, from a number that no other micro-batch of the run has."""

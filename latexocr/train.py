@@ -277,7 +277,7 @@ class TrainResult:
         return f"adapter: {self.adapter_dir}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
 
 
-BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu")
+BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu", "eval_glyph_f1")
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -673,4 +673,5 @@ def _evaluate_kept(trainer: FormulaTrainer, output_dir: Path) -> dict[str, float
         return {}
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
     evaluation = score_rows(rows, output_dir / "evaluation")
+    logger.info(f"report: {output_dir / 'evaluation' / 'report.html'}")
     return {f"eval_{name}": value for name, value in evaluation.metrics.items()}

@@ -67,10 +67,11 @@ out = Path(sys.argv[1])
 before, after = (json.loads((out / when / "metrics.json").read_text()) for when in ("before", "after"))
 print(f"\n{'40 validation formulas':<24}{'before':>10}{'after':>10}")
 for name in before:
-    if name != "num_rows":
+    if name in after and name != "num_rows" and not name.endswith(("_low", "_high")):
         print(f"{name:<24}{before[name]:>10.3f}{after[name]:>10.3f}")
 PYTHON
 echo
 echo "A tiny model with random weights cannot learn to read in minutes: this run shows that every stage works."
 echo "For a real model see the recipe in README.md. Everything is in $out."
+echo "report:     $out/after/report.html"
 echo "dashboard:  source .venv/bin/activate && swanlab watch $out/run/swanlog --host 127.0.0.1 --port 5092"

@@ -147,6 +147,19 @@ def test_line_separators_within_a_text_end_no_line(tmp_path):
     assert score_file(path, pictures=False).metrics["exact_match"] == 1
 
 
+def test_half_a_character_is_replaced(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(r'{"id": 1, "reference": "\ud83d\ude00", "prediction": "\ud83d"}' + "\n")
+    found = score_file(path, output_dir=tmp_path / "out", pictures=False)
+    assert (found.rows[0]["reference"], found.rows[0]["prediction"]) == ("\U0001f600", "\ufffd")
+
+
+def test_a_file_that_is_no_text(tmp_path):
+    (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe{}")
+    with pytest.raises(InputError, match=r"p\.jsonl: not UTF-8 text \(invalid start byte at byte 0\)"):
+        score_file(tmp_path / "p.jsonl")
+
+
 def test_worst_first():
     rows = [
         {"exact_match": 1, "edit_distance": 0.0, "glyph_f1": 1.0},

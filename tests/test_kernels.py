@@ -54,15 +54,26 @@ for heads, head_dim in ((3, 20), (2, 16)):
     check(f"rotate {heads}x{head_dim}", (kernels.rotate(x.detach(), cos, sin, backward=False), wanted),
           (kernels.rotate(grad, cos, sin, backward=True), expected))
 
-seeds, threshold = torch.tensor([3, 5]), round(0.25 * 2**16)
-x, a = torch.randn(70, 200), torch.randn(32, 200)
-both = lora.lora_down(x, a, seeds, threshold, 0.5)
-grad = torch.randn(70, 232)
-check("lora_down", (kernels.lora_down(x, a, seeds, threshold, 0.5), both))
-check("lora_grad_a", (kernels.lora_grad_a(both, grad[:, 200:], seeds, threshold, 0.5),
-                      lora.lora_grad_a(both, grad[:, 200:], seeds, threshold, 0.5)))
-check("lora_grad_x", (kernels.lora_grad_x(grad, a, seeds, threshold, 0.5),
-                      lora.lora_grad_x(grad, a, seeds, threshold, 0.5)))
+threshold = round(0.25 * 2**16)
+for gated, adapters in ((False, 2), (True, 1)):
+    seeds, width = torch.arange(3, 3 + adapters), 16 * adapters
+    x, up, a = torch.randn(70, 200), torch.randn(70, 200) if gated else None, torch.randn(width, 200)
+    grad, gates = torch.randn(70, 200 + width), (x, up) if gated else None
+    results = []
+    for takes in (False, True):
+        lora.takes = lambda x: takes
+        down = lora.lora_down(x, up, a, seeds, threshold, 0.5)
+        grad_a = lora.lora_grad_a(down, grad[:, 200:], seeds, threshold, 0.5)
+        results.append((down, grad_a, *lora.lora_grad_x(grad, gates, a, seeds, threshold, 0.5)))
+    for name, one, other in zip(("down", "grad_a", "grad_x", "grad_up"), *results):
+        if one is not None:
+            check(f"lora_{name} {gated}", (other, one))
+
+sources = [torch.randn(5, 1000), torch.randn(7, 3)]
+around = [torch.zeros(5, 1010), torch.zeros(9, 4)]
+kernels.Copies([around[0][:, 10:], around[1][1:8, :3]], sources)()
+wanted = [torch.cat([torch.zeros(5, 10), sources[0]], 1), torch.nn.functional.pad(sources[1], (0, 1, 1, 1))]
+check("copies", *zip(around, wanted))
 
 logits, targets = torch.randn(4, 5000, requires_grad=True), torch.tensor([3, -100, 4999, 0])
 wanted = cross_entropy(logits, targets, reduction="none")
@@ -78,7 +89,7 @@ MODEL_CODE = """
 import json, sys
 import torch
 from test_fused import gradients
-from latexocr import layers
+from latexocr import layers, lora
 from latexocr.collate import FlattenedCollator
 from latexocr.modeling import add_lora, load_base
 from latexocr.records import read_records
@@ -89,7 +100,7 @@ config = TrainConfig(model_name_or_path=model_name, train_json=data, use_cpu=Tru
 folder, preprocessor = load_preprocessor(config)
 torch.manual_seed(0)
 model = add_lora(load_base(folder, dtype=torch.float32), preprocessor.family,
-                 components=["language", "vision", "merger"], r=4, alpha=4, dropout=0.0)
+                 components=["language", "vision", "merger"], r=16, alpha=4, dropout=0.0)
 for name, parameter in model.named_parameters():
     parameter.requires_grad_(parameter.requires_grad or "norm" in name)
     if "lora_B" in name:
@@ -99,11 +110,13 @@ features = [preprocessor(record) for record in read_records(data)[:2]]
 batch = FlattenedCollator(tokenizer=preprocessor.processor.tokenizer, family=preprocessor.family)(features)
 loss, grads = gradients(model, dict(batch))
 model.zero_grad()
-layers.takes = lambda x: True
+lora.takes = lambda x: True
 layers.fuse_layers(model)
+fused_names = [type(part).__name__ for part in model.modules()]
+lora.FusedLoras(model).prepare()
 fused_loss, fused_grads = gradients(model, dict(batch))
 print(json.dumps({
-    "names": names == [type(part).__name__ for part in model.modules()],
+    "names": names == fused_names,
     "fused": sum(isinstance(part, layers._Fused) for part in model.modules()),
     "losses": [loss, fused_loss],
     "gradients": len(grads),
@@ -134,5 +147,5 @@ def test_fused_layers_equal_stock(model_type, tiny_models, records):
 
 def test_kernels_equal_plain_pytorch():
     errors = run(CODE)
-    assert len(errors) == 11
+    assert len(errors) == 16
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}

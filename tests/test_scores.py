@@ -71,6 +71,8 @@ def test_squeezing():
     assert squeeze(r"a  _ { \alpha \beta } + x y") == r"a_{\alpha\beta}+x y"
     assert squeeze(r"\alpha t \  b") == r"\alpha t\ b"
     assert squeeze(r"\operatorname * { l i m } x") == r"\operatorname*{lim}x"
+    assert squeeze(r" \alpha   t  1 ") == r"\alpha t1"
+    assert squeeze("x 公 式") == "x 公 式"
 
 
 def corpora(num: int) -> list[tuple[list[str], list[str]]]:

@@ -1,8 +1,8 @@
 r"""The metrics: predictions and references -> figures.
 
 Why: papers use five BLEUs and four edit distances under the same names. Here each variant is one entry of
-`METRICS`, whose text says what it computes. Shares, rates and distances are fractions from 0 to 1, BLEU runs from
-0 to 100, as sacrebleu prints it.
+`METRICS`, whose text says what it computes. Shares, rates and distances are fractions from 0 to 1 (pix2tex's distance
+has no upper end), BLEU runs from 0 to 100, as sacrebleu prints it.
 
 Ours read canonical tokens (`normalize`, level 1). Those named after a paper read the text as it is written, as the
 paper's own program does, so that its table can be put beside ours:
@@ -13,8 +13,8 @@ paper's own program does, so that its table can be put beside ours:
 | `bleu_pix2tex`, `edit_distance_pix2tex` | pix2tex | mean BLEU of rows; mean of characters wrong per character |
 | `bleu_unimernet`, `edit_distance_unimernet` | UniMERNet | 13a BLEU, mean character distance, blanks squeezed |
 
-A word is what stands between blanks. pix2tex averages BLEU over batches of pictures of one size; here a batch is one
-row, as nobody else has its batches. im2markup prints 1 - distance.
+A word is what stands between blanks. pix2tex averages BLEU over batches of pictures of one size, on the tokens
+of its own tokenizer; here a batch is one row, of words. im2markup prints 1 - distance.
 
 The same decisions hold everywhere: the i-th prediction belongs to the i-th reference; lists of different length,
 empty lists and rows that are no strings raise `InputError`; an empty string is an ordinary row (a model that
@@ -173,7 +173,8 @@ def counts(pairs: Pairs) -> dict[str, float]:
 
 # One bracketed word after these is text to UniMERNet, and loses all its blanks.
 _TEXT = re.compile(r"\\(?:operatorname|mathrm|mathbf|text)\s?\*? \{.*?\}")
-_NEEDLESS_BLANK = re.compile(r"(?<!\\)\s+(?![A-Za-z])|(?<![A-Za-z\\])\s+")
+# A letter of another script is neither a letter nor a sign to it.
+_NEEDLESS_BLANK = re.compile(r"(?<=[\W\d_])(?<!\\) (?=[\W\d_A-Za-z])|(?<=[A-Za-z]) (?=[\W\d_])")
 
 
 def squeeze(latex: str) -> str:
@@ -182,7 +183,8 @@ def squeeze(latex: str) -> str:
     >>> squeeze(r"\alpha t + \mathrm { d e t } x")
     '\\alpha t+\\mathrm{det}x'
     """
-    return _NEEDLESS_BLANK.sub("", _TEXT.sub(lambda match: match.group().replace(" ", ""), latex))
+    latex = _TEXT.sub(lambda match: match.group().replace(" ", ""), " ".join(latex.split()))
+    return _NEEDLESS_BLANK.sub("", latex)
 
 
 def _canonical(pairs: Pairs) -> tuple[Rows, Rows]:
