@@ -54,7 +54,8 @@ CHECKS = {
     ),
     "nearly_two_texts": Check("warning", "nearly the same picture, two texts", "look at both: one text may be wrong"),
     "nearly_leaked_pictures": Check(
-        "warning", "validation pictures that nearly stand in the training data", "look at them, remove one side's", "val"
+        "warning", "validation pictures that nearly stand in the training data", "look at them; remove one side's",
+        "val",
     ),
     "unparsed_texts": Check("warning", "texts that are no well-formed LaTeX", "mend braces, \\left, \\begin"),
     "refused_texts": Check("warning", "texts that LaTeX refuses", "mend them or remove the rows"),

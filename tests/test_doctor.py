@@ -100,7 +100,8 @@ def sick(tmp_path_factory):
     (folder / "corrupt.png").write_bytes((SAMPLE / ROWS[0]["file_name"]).read_bytes()[:60])
     sound = [(str(SAMPLE / row["file_name"]), row["text"]) for row in ROWS[:40]]
     sick = [
-        ("blank.png", "a"), ("corrupt.png", "b"), ("absent.png", "c"), ("two.png", "x + 1"), ("two_again.png", "x + 2"),
+        ("blank.png", "a"), ("corrupt.png", "b"), ("absent.png", "c"), ("two.png", "x + 1"),
+        ("two_again.png", "x + 2"),
         (sound[5][0], r"\frac { 1"), ("near.png", sound[2][1]), ("shape.png", r"\frac { \frac { a } { b } } { c }"),
         ("huge.png", r"\alphaa"),
     ]  # fmt: skip
