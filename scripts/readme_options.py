@@ -54,11 +54,13 @@ CHINESE = {
     "batches in one row without padding (default: where the GPU can, and on CPUs)": (
         "把一批样本拼成一行，不填充（默认：GPU 支持时，以及在 CPU 上）"
     ),
-    "compile decoder layers and vision blocks (default: in bfloat16, weights not sharded)": (
-        "编译解码层和视觉层（默认：bfloat16 且权重未切分时）"
+    "norms, gates and rotary positions in one kernel each (default: on a GPU)": (
+        "归一化、门控和旋转位置各用一个内核（默认：有 GPU 时）"
     ),
     "loss without holding all logits (default: weights not sharded)": "不保存全部 logits 的 loss（默认：权重未切分）",
-    "adapters in kernels of our own (default: where layers are compiled)": "适配器用自己的内核（默认：编译各层时）",
+    "adapters in kernels of our own (default: bfloat16 on a GPU, not sharded)": (
+        "适配器用自己的内核（默认：GPU 上的 bfloat16，未切分）"
+    ),
     "replay steps as CUDA graphs (default: with fused_lora)": "以 CUDA graph 重放训练步（默认：与 fused_lora 一起）",
     "hide NaN losses; looking for them stalls the GPU at every step": "隐藏 NaN loss；逐步检查会拖慢 GPU",
     "seed of initialisation, order and dropout": "初始化、样本顺序和 dropout 的随机种子",

@@ -1,6 +1,8 @@
 """Draw samples/s against samples a step, from the JSON of one or more runs of training.py with `--batches`.
 
-python scripts/benchmark/chart.py sweep.json --output speed.svg
+    python scripts/benchmark/chart.py sweep.json --output speed.svg
+
+Nothing accumulates but the tutorial's script, as it is written.
 """
 
 from __future__ import annotations
@@ -25,16 +27,16 @@ def main() -> None:
 
 
 def curves(rows: list[dict]) -> dict[str, dict[int, float]]:
-    """System -> samples a step -> samples/s, of the plain variants "system Bx1" that ran.
+    """System -> samples a step -> samples/s, of the plain variants "system Bx1" that ran; the tutorial accumulates.
 
     >>> curves([{"variant": "ours 16x1", "samples_per_second": 150.0}, {"variant": "trl 64x1", "failed": "memory"}])
     {'ours': {16: 150.0}}
     """
     points: dict[str, dict[int, float]] = {}
     for row in rows:
-        match = re.fullmatch(r"(\w+) (\d+)x1", row["variant"])
+        match = re.fullmatch(r"(tutorial|\w+(?= \d+x1$)) (\d+)x(\d+)", row["variant"])
         if match and "samples_per_second" in row:
-            points.setdefault(match[1], {})[int(match[2])] = row["samples_per_second"]
+            points.setdefault(match[1], {})[int(match[2]) * int(match[3])] = row["samples_per_second"]
     return {system: dict(sorted(rates.items())) for system, rates in points.items()}
 
 
@@ -50,7 +52,7 @@ def draw(points: dict[str, dict[int, float]], machine: dict, output: Path) -> No
         axes.plot(list(rates), list(rates.values()), marker="o", label=NAMES.get(system, system))
         last = max(rates)
         axes.annotate(f"{rates[last]:,.0f}", (last, rates[last]), textcoords="offset points", xytext=(6, -3))
-    axes.set(xscale="log", yscale="log", xlabel="samples a step (no accumulation)", ylabel="samples/s",
+    axes.set(xscale="log", yscale="log", xlabel="samples a step", ylabel="samples/s",
              title=f"Training speed, {machine['device']}, torch {machine['torch']}")  # fmt: skip
     axes.set_xticks(sorted({batch for rates in points.values() for batch in rates}))
     for axis in (axes.xaxis, axes.yaxis):
