@@ -1,8 +1,7 @@
-"""Following a training: `metrics.jsonl`, the source of truth, and SwanLab, the way people look at it.
+"""SwanLab, the way people look at a training; the numbers themselves are in `metrics.jsonl`.
 
-Why: a curve that is lost, or a training that waits for somebody's server, is worse than no curve. So every
-number is written to a plain file first (`MetricsFile`), and SwanLab runs in a process of its own (`track`):
-no call here waits for it, its failures become one warning, and the run's final state is right even when
+Why: a training that waits for somebody's server is worse than no curve. So SwanLab runs in a process of its own
+(`track`): no call here waits for it, its failures become one warning, and the run's final state is right even when
 training is killed.
 """
 
@@ -12,9 +11,7 @@ import contextlib
 import io
 import json
 import logging
-import math
 import netrc
-import numbers
 import os
 import pickle
 import queue
@@ -34,6 +31,7 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from latexocr.errors import InputError, nearest
+from latexocr.metrics_file import METRICS_FILE, is_number, parse_line, plain_number
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -44,7 +42,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 MODES = ("online", "local", "offline", "disabled")
-METRICS_FILE = "metrics.jsonl"
 RUN_FILE = "swanlab.json"
 # Longest wait for SwanLab to start (it waits beside the training, not before it) and, at the very end, to
 # finish.
@@ -58,161 +55,6 @@ NUM_WORST = 20  # rows of an evaluation on the dashboard
 MAX_CAPTION_CHARACTERS = 300
 _PROJECT_NAME = re.compile(r"[0-9a-zA-Z_\-+.]{1,100}")
 _SECRET_FIELDS = {"hub_token", "push_to_hub_token", "api_key", "password"}
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
-
-
-# ---- metrics.jsonl -----------------------------------------------------------------------------------------
-
-
-class MetricsFile(TrainerCallback):
-    """Writes every log of the Trainer as one JSON object a line to `metrics.jsonl` in the output folder.
-
-    Each line has `step`, `epoch`, `time` (unix seconds) and all numeric values under the Trainer's own names
-    (`loss`, `eval_loss`, ...); values that JSON lacks are the strings `NaN`, `Infinity`, `-Infinity`. A line
-    is on the disk before the call returns, so the file is complete after `kill -9`. Training that resumes
-    from step S drops the lines after S, and the speed summary of the interrupted part, so that the file ends
-    up as if never interrupted; training that starts at step 0 starts the file anew. A disk that is full costs
-    one warning: lines wait in memory and are written when there is room. Only the main process writes.
-    """
-
-    def __init__(self) -> None:
-        self._waiting: list[str] = []
-        self._repaired = False
-        self._warned = False
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if not state.is_world_process_zero:
-            return
-        try:
-            _keep_until(Path(args.output_dir) / METRICS_FILE, state.global_step)
-        except OSError as error:
-            self._warn(error)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not state.is_world_process_zero:
-            return
-        row = {"step": state.global_step, "epoch": state.epoch, "time": round(time.time(), 3)}
-        row |= {name: _plain_number(value) for name, value in (logs or {}).items() if _is_number(value)}
-        self._waiting.append(json.dumps(row, allow_nan=False) + "\n")
-        try:
-            self._write(Path(args.output_dir) / METRICS_FILE)
-        except OSError as error:
-            self._warn(error)
-
-    def _write(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not self._repaired:
-            _repair(path)
-            self._repaired = True
-        while self._waiting:
-            with path.open("ab") as file:
-                size = file.tell()
-                try:
-                    file.write(self._waiting[0].encode())
-                    file.flush()
-                    os.fsync(file.fileno())
-                except OSError:
-                    self._repaired = False  # if the half line cannot be cut off now, then next time
-                    with contextlib.suppress(OSError):
-                        os.truncate(path, size)
-                    raise
-            self._waiting.pop(0)
-
-    def _warn(self, error: OSError) -> None:
-        if not self._warned:
-            logger.warning("%s cannot be written (%s); training goes on", METRICS_FILE, error)
-        self._warned = True
-
-
-def read_metrics(path: Path | str) -> list[dict[str, float]]:
-    """The lines of a `metrics.jsonl`, oldest first; a torn last line (of a run being written) is left out.
-
-    Args:
-        path: the file, or the folder that holds it.
-
-    Raises:
-        InputError: a line that is not a JSON object.
-    """
-    path = Path(path)
-    path = path / METRICS_FILE if path.is_dir() else path
-    lines = path.read_bytes().split(b"\n")
-    rows = []
-    for number, line in enumerate(lines, start=1):
-        row = _parse(line)
-        if row is not None:
-            rows.append({name: _NON_FINITE.get(value, value) for name, value in row.items()})
-        elif line and number < len(lines):
-            raise InputError(f"{path} line {number}: not a JSON object; remove the line")
-    return rows
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
-
-
-def _plain_number(value: Any) -> int | float | str:
-    """int or float whatever numpy type it was; a name for what JSON cannot hold."""
-    if isinstance(value, numbers.Integral):
-        return int(value)
-    value = float(value)
-    if math.isfinite(value):
-        return value
-    return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-
-
-def _parse(line: bytes) -> dict[str, Any] | None:
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return None
-    return row if isinstance(row, dict) else None
-
-
-def _repair(path: Path) -> None:
-    """Cut a torn last line off, or give a whole one its line end."""
-    if not path.exists():
-        return
-    content = path.read_bytes()
-    body, _, last = content.rpartition(b"\n")
-    if not last:
-        return
-    with path.open("r+b") as file:
-        if _parse(last) is None:
-            file.truncate(len(body) + 1 if body else 0)
-        else:
-            file.seek(0, os.SEEK_END)
-            file.write(b"\n")
-
-
-def _keep_until(path: Path, step: int) -> None:
-    """Drop the lines after `step` (all of them for step 0, a fresh start) and earlier speed summaries."""
-    if not path.exists():
-        return
-    lines = path.read_bytes().split(b"\n")
-    rows = [(line, _parse(line)) for line in lines]
-    kept = [
-        line
-        for line, row in rows
-        if row is not None and step > 0 and row.get("step", 0) <= step and "train_runtime" not in row
-    ]
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(b"".join(line + b"\n" for line in kept))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-# ---- SwanLab -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -281,7 +123,7 @@ def saved_run_id(output_dir: Path | str) -> str | None:
     """
     row = None
     with contextlib.suppress(OSError):
-        row = _parse((Path(output_dir) / RUN_FILE).read_bytes())
+        row = parse_line((Path(output_dir) / RUN_FILE).read_bytes())
     return row.get("run_id") if row and row.get("mode") == "online" else None
 
 
@@ -304,8 +146,8 @@ def flatten_config(config: Mapping[str, Any]) -> dict[str, bool | int | float | 
             flat[str(key)] = "***"
         elif isinstance(value, bool) or type(value) is str:
             flat[str(key)] = value
-        elif _is_number(value):
-            flat[str(key)] = _plain_number(value)
+        elif is_number(value):
+            flat[str(key)] = plain_number(value)
         elif isinstance(value, (list, tuple, Mapping)):
             flat[str(key)] = json.dumps(value, default=str, ensure_ascii=False)
         else:
@@ -442,7 +284,7 @@ class Tracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         """Scalars by chart name, e.g. `{"train/loss": 0.5}`; values that are no numbers are left out."""
         self.step = max(self.step, int(step))
-        numbers_only = {name: float(value) for name, value in values.items() if _is_number(value)}
+        numbers_only = {name: float(value) for name, value in values.items() if is_number(value)}
         if self._link and numbers_only:
             self._link.send(("scalars", numbers_only, int(step)))
 
@@ -713,7 +555,7 @@ class _Worker:
 
     def _read(self) -> None:
         for line in self._process.stdout:
-            event = _parse(line) or {}
+            event = parse_line(line) or {}
             kind = event.pop("event", None)
             if kind == "ready":
                 self._ready = event

@@ -36,6 +36,7 @@ from latexocr.images import ImagePolicy
 from latexocr.layers import kernels_available
 from latexocr.lora import runs_kernels
 from latexocr.metrics import METRICS
+from latexocr.metrics_file import METRICS_FILE, MetricsFile
 from latexocr.modeling import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -54,16 +55,7 @@ from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_
 from latexocr.records import read_records
 from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
-from latexocr.tracking import (
-    METRICS_FILE,
-    MetricsFile,
-    Sample,
-    Tracker,
-    dashboard_command,
-    resolve_mode,
-    saved_run_id,
-    track,
-)
+from latexocr.tracking import Sample, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.trainer import FormulaTrainer, validation_file
 from latexocr.vision_cache import GivenFeatures, VisionCache
 

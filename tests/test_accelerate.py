@@ -21,8 +21,8 @@ from safetensors import safe_open
 from test_stop import command, run_until
 
 from latexocr.errors import InputError
+from latexocr.metrics_file import read_metrics
 from latexocr.predict import LatexOCR
-from latexocr.tracking import read_metrics
 from latexocr.train import train
 from latexocr.trainer import check_fsdp
 

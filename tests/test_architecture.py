@@ -12,7 +12,8 @@ from conftest import ROOT
 LAYERS = (
     {"latexocr", "errors"},
     {"sandbox", "dvi", "tracking_worker", "evaluation"},
-    {"pictures", "likeness", "sources", "metrics", "config", "console", "stopping", "kernels", "graphs", "memory"},
+    {"pictures", "likeness", "sources", "config", "console", "stopping"},
+    {"metrics", "metrics_file", "kernels", "graphs", "memory"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families"},
     {"render", "contract", "attention", "lora"},
     {"layers", "page"},

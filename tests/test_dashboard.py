@@ -23,7 +23,8 @@ from PIL import Image, ImageDraw
 from test_tracking import tiny_trainer
 from transformers import TrainerCallback
 
-from latexocr.tracking import MetricsFile, Sample, dashboard_command, read_metrics, track
+from latexocr.metrics_file import MetricsFile, read_metrics
+from latexocr.tracking import Sample, dashboard_command, track
 
 pytestmark = pytest.mark.slow
 

@@ -12,9 +12,9 @@ from conftest import MODEL_TYPES, SAMPLE
 from latexocr import decoding
 from latexocr.decoding import Decoder, decoder_for
 from latexocr.generate import generate
+from latexocr.metrics_file import read_metrics
 from latexocr.modeling import add_lora
 from latexocr.predict import LatexOCR
-from latexocr.tracking import read_metrics
 from latexocr.train import train
 
 IMAGES = [str(SAMPLE / f"images/{number:06}.png") for number in (1, 7, 20, 33, 45, 12)]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-from latexocr.tracking import read_metrics
+from latexocr.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_two_ranks_stop_together(tiny, records, tmp_path):
     import signal
     import time
 
-    from latexocr.tracking import METRICS_FILE
+    from latexocr.metrics_file import METRICS_FILE
 
     arguments = [
         sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(ROOT / "scripts/train.py"),

@@ -7,9 +7,9 @@ import torch
 from conftest import MODEL_TYPES
 
 from latexocr.collate import rope_positions
+from latexocr.metrics_file import read_metrics
 from latexocr.modeling import load_base
 from latexocr.records import read_records
-from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
 
 

@@ -11,9 +11,9 @@ from latexocr.collate import FlattenedCollator, rounded
 from latexocr.errors import InputError
 from latexocr.lora import FusedLora, FusedLoras, keep_mask
 from latexocr.loss import detach_head, head_loss, supervised_loss
+from latexocr.metrics_file import read_metrics
 from latexocr.modeling import add_lora, load_base
 from latexocr.records import read_records
-from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
 from latexocr.trainer import FormulaTrainer
 

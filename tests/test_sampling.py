@@ -13,10 +13,10 @@ import pytest
 from conftest import ROOT
 
 from latexocr.errors import InputError
+from latexocr.metrics_file import read_metrics
 from latexocr.preprocess import Selection, TokenCounts, TokenTable, select
 from latexocr.records import Record, read_records
 from latexocr.sampling import BudgetSampler, halved
-from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
 
 BUDGET = {"max_tokens_per_batch": 500, "max_patches_per_batch": 1500, "per_device_train_batch_size": 4}

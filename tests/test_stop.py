@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from latexocr.tracking import read_metrics
+from latexocr.metrics_file import read_metrics
 
 pytestmark = pytest.mark.slow
 

@@ -23,16 +23,8 @@ from transformers import Trainer, TrainerControl, TrainerState, TrainingArgument
 from latexocr import tracking
 from latexocr.errors import InputError
 from latexocr.evaluate import score_file
-from latexocr.tracking import (
-    MetricsFile,
-    Sample,
-    dashboard_command,
-    flatten_config,
-    read_metrics,
-    resolve_mode,
-    saved_run_id,
-    track,
-)
+from latexocr.metrics_file import MetricsFile, read_metrics
+from latexocr.tracking import Sample, dashboard_command, flatten_config, resolve_mode, saved_run_id, track
 
 needs_dashboard = pytest.mark.skipif(
     tracking.find_spec("swanboard") is None, reason="pip install 'swanlab[dashboard]'"
@@ -596,7 +588,8 @@ import os, resource, signal, sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
 from test_tracking import tiny_trainer
-from latexocr.tracking import MetricsFile, track
+from latexocr.metrics_file import MetricsFile
+from latexocr.tracking import track
 from transformers import TrainerCallback
 output_dir = Path(sys.argv[1])
 {before}

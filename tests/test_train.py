@@ -11,10 +11,10 @@ from conftest import MODEL_TYPES, SAMPLE, write_records
 from latexocr.errors import InputError
 from latexocr.loss import supervised_loss, supervised_targets
 from latexocr.metrics import METRICS
+from latexocr.metrics_file import read_metrics
 from latexocr.modeling import add_lora, family_in, load_base, trainable_parameters
 from latexocr.records import read_records
 from latexocr.sampling import EpochSampler
-from latexocr.tracking import read_metrics
 from latexocr.train import load_preprocessor, train
 from latexocr.trainer import share_of, spread
 
