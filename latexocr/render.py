@@ -14,6 +14,7 @@ them must come out as they should, or the part is run again.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 import shutil
@@ -36,6 +37,7 @@ BATCH_SIZE = 500
 MAX_CHARACTERS = 20_000
 MAX_DEPTH = 100
 MAX_SIDE_PX = 20_000
+MAX_PIXELS = 60_000_000  # Pillow warns at 89 million, and refuses to open twice as many
 DRAWING_SECONDS = 20.0
 _PROBE_EVERY = 50
 
@@ -140,7 +142,8 @@ def _fits(rendering: Rendering, dpi: int) -> bool:
         - min(item.y for item in items)
         + max((r.height for r in rendering.rules), default=0),
     )
-    return max(sides) * dpi / 72.27 < MAX_SIDE_PX
+    scale = dpi / 72.27
+    return max(sides) * scale < MAX_SIDE_PX and math.prod(sides) * scale**2 < MAX_PIXELS
 
 
 def _dvipng(renderings: Sequence[Rendering], dpi: int) -> list[bytes | None]:
