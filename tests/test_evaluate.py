@@ -133,7 +133,7 @@ def test_a_prediction_that_is_null_is_an_empty_answer_and_counted(tmp_path):
          "line 2: the id '1' is that of line 1 too"),
         ('{"id": 1, "reference": "x", "prediction": "x", "source": ["a"]}', r"'source' is \['a'\], needs a name"),
         ('{"id": 1, "reference": "x", "prediction": "x", "image_path": 5}', "'image_path' is 5, needs the path"),
-        ('{"id": 1, "reference": "x", "prediction": "x", "num_tokens": "many"}', "'num_tokens' is 'many', needs a num"),
+        ('{"id": 1, "reference": "x", "prediction": "x", "num_tokens": "many"}', "'num_tokens' is 'many', needs"),
     ],
 )  # fmt: skip
 def test_bad_prediction_files(tmp_path, content, message):
