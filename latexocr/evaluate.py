@@ -98,7 +98,7 @@ def score_file(
 
     Args:
         predictions: predictions.jsonl with `id`, `reference` and `prediction` on every line; a prediction that is
-            null counts as an empty answer.
+            null counts as an empty answer. `image_path`, `source`, `num_tokens` and `finished` are used where given.
         output_dir: folder for metrics.json, slices.csv, rows.csv and report.html; nothing is written when left out.
         baseline: another predictions file of the same ids and references to compare with.
         pictures: render predictions and references and compare the pictures too.
@@ -141,6 +141,15 @@ def read_predictions(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+# What a line may say besides, as `evaluate` does.
+_OPTIONAL = {
+    "image_path": (str, "the path of a picture"),
+    "source": ((str, int), "a name"),
+    "num_tokens": ((int, float), "a number of tokens"),
+    "finished": (bool, "true or false"),
+}
+
+
 def _prediction(where: str, line: str) -> dict[str, Any]:
     try:
         row = json.loads(line)
@@ -153,6 +162,9 @@ def _prediction(where: str, line: str) -> dict[str, Any]:
     wrong = [key for key, kind in kinds.items() if not (isinstance(row, dict) and isinstance(row.get(key, ...), kind))]
     if wrong:
         raise InputError(f"{where}: needs an object with text under {' and '.join(map(repr, wrong))}")
+    for key, (kind, name) in _OPTIONAL.items():
+        if row.get(key) is not None and not isinstance(row[key], kind):
+            raise InputError(f"{where}: {key!r} is {row[key]!r:.40}, needs {name}, or leave it out")
     return {**row, "id": str(row["id"])}
 
 

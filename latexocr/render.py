@@ -14,6 +14,7 @@ them must come out as they should, or the part is run again.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import secrets
 import shutil
@@ -36,6 +37,7 @@ BATCH_SIZE = 500
 MAX_CHARACTERS = 20_000
 MAX_DEPTH = 100
 MAX_SIDE_PX = 20_000
+MAX_PIXELS = 60_000_000  # Pillow warns at 89 million, and refuses to open twice as many
 DRAWING_SECONDS = 20.0
 _PROBE_EVERY = 50
 
@@ -96,7 +98,7 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
         elif engine == "mathtext":
             done[text] = _mathtext(text)
         else:
-            (alone if _PROGRAM.search(text) else batch).append(text)
+            (alone if _PROGRAM.search(_bare(text)) else batch).append(text)
     for start in range(0, len(batch), BATCH_SIZE):
         _typeset(batch[start : start + BATCH_SIZE], seconds, done)
     for text in alone:
@@ -140,7 +142,8 @@ def _fits(rendering: Rendering, dpi: int) -> bool:
         - min(item.y for item in items)
         + max((r.height for r in rendering.rules), default=0),
     )
-    return max(sides) * dpi / 72.27 < MAX_SIDE_PX
+    scale = dpi / 72.27
+    return max(sides) * scale < MAX_SIDE_PX and math.prod(sides) * scale**2 < MAX_PIXELS
 
 
 def _dvipng(renderings: Sequence[Rendering], dpi: int) -> list[bytes | None]:
@@ -148,7 +151,7 @@ def _dvipng(renderings: Sequence[Rendering], dpi: int) -> list[bytes | None]:
     with tempfile.TemporaryDirectory(prefix="latexocr-") as folder:
         dvi.write(Path(folder, "boxes.dvi"), [(one.glyphs, one.rules) for one in renderings])
         command = ["dvipng", "-T", "tight", "-D", str(dpi), "-bg", "White", "-o", "%d.png", "boxes.dvi"]
-        sandbox.run(command, folder=folder, seconds=DRAWING_SECONDS, progress=b"]")
+        sandbox.run(command, folder=folder, seconds=DRAWING_SECONDS, progress=b"]", num_steps=len(renderings))
         files = [Path(folder, f"{number}.png") for number in range(1, len(renderings) + 1)]
         return [file.read_bytes() if file.exists() else None for file in files]
 
@@ -167,16 +170,19 @@ def _mathtext(text: str) -> Rendering:
 # --- what the text may be -----------------------------------------------------------------------------------------
 
 # Words that reach beyond the formula they stand in: they define, assign globally, read, write, expand, branch or
-# end. `^^` writes any character in disguise. A formula with one of them runs alone.
+# end. `^^` writes any character in disguise, and \begin{gdef} is \gdef. A formula with one of them runs alone.
 _PROGRAM = re.compile(
-    r"\^\^|\\(?:begin|end)\s*\{\s*(?:document|filecontents|verbatim|lrbox|thebibliography)"
-    r"|\\(?:[gex]?def|let|futurelet|global\w*|long|outer|protected|immediate|afterassignment|aftergroup|expandafter"
+    r"\^\^|\\(?:begin|end)\s*(?!\{[A-Za-z]+\*?\})"  # a strange name, or none
+    r"|\\(?:begin|end)\s*\{(?:document|filecontents|verbatim|lrbox|thebibliography)"
+    r"|\\(?:(?:begin|end)\s*\{)?(?:[gex]?def|let|futurelet|global\w*|long|outer|protected|immediate|afterassignment"
+    r"|aftergroup|expandafter"
     r"|noexpand|csname|endcsname|the|string|meaning|jobname|scantokens|(?:lower|upper)case|mag|language"
     r"|(?:cat|lc|uc|math|del|sf)code|(?:math)?chardef|(?:count|dimen|skip|muskip|toks|box|insert)(?:def)?"
     r"|advance|multiply|divide|fontdimen|(?:hyphen|skew)char|font|(?:text|script|scriptscript)font|setbox|wd|ht|dp"
     r"|input\w*|endinput|include\w*|(?:open|close)(?:in|out)|read\w*|write\w*|special|type(?:out|in)|message|err\w+"
     r"|show\w*|shipout|output\w*|deadcycles|(?:begin|end)group|[be]group|if(?!f(?![a-z]))\w*|else|fi|or|loop|repeat"
     r"|end(?!\s*\{)|bye|stop|dump|(?:batch|nonstop|scroll|errorstop)mode|every\w+|tracing\w+|pdf\w+|new\w+|renew\w+"
+    r"|(?:New|Renew|Provide|Add|Use|Expand|Input|Load|Activate|Set|Clear|Remove|Push|Pop|Pass|Make)[A-Z]\w+"
     r"|provide\w+|Declare\w+|At(?:Begin|End)\w+|usepackage|Require\w+|documentclass|makeat\w+|ExplSyntax\w+"
     r"|(?:set|addto|step|refstep)counter|verb|lstinline|bibliography\w*|hyphenation|patterns|parshape)(?![A-Za-z])"
 )
@@ -346,7 +352,9 @@ def _run_latex(formulas: list[str], seconds: float) -> _Run:
     with tempfile.TemporaryDirectory(prefix="latexocr-") as folder:
         Path(folder, f"{name}.tex").write_text(body, encoding="utf-8", errors="replace")
         command = ["latex", "-no-shell-escape", "-interaction=nonstopmode", "-jobname=out", f"{name}.tex"]
-        output = sandbox.run(command, folder=folder, seconds=seconds, progress=nonce.encode())
+        output = sandbox.run(
+            command, folder=folder, seconds=seconds, progress=nonce.encode(), num_steps=len(formulas) + 1
+        )
         last, errors, finished = _read_messages(output.text, nonce)
         if -1 in errors and last >= 0:
             logger.warning("latex finds fault with a package, pictures may differ: %s", errors[-1])

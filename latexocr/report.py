@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from latexocr.evaluation import Evaluation
 from latexocr.metrics.scores import METRICS
-from latexocr.metrics.slices import slices_of
+from latexocr.metrics.slices import members
 from latexocr.page import PRINT_DPI, Pictures, stored_picture, write_page
 from latexocr.pictures import PictureError
 
@@ -69,7 +69,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
     rows = [answered[number] for number in order]
     confusions = most_confused(found.confused for found in differences)
     slices = _slices(evaluation.slices)
-    places = {key: number for number, key in enumerate(slices)}
+    places_of_row = _slices_of_rows(evaluation.rows, list(slices))
     pictures = Pictures()
     data = {
         "engine": evaluation.engine,
@@ -83,7 +83,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         "rows": {
             **_texts(rows, [differences[number] for number in order]),
             **_values(rows),
-            "slices": [[places[key] for key in slices_of(row) if key in places] for row in rows],
+            "slices": [places_of_row[number] for number in order],
             "confusions": [_places(differences[number].confused, confusions) for number in order],
             **_photographs(rows, pictures),
             **(_drawings(rows, evaluation.engine, pictures) if evaluation.engine else {}),
@@ -221,6 +221,16 @@ def _slices(slices: list[dict]) -> dict[tuple[str, str], dict]:
     return found
 
 
+def _slices_of_rows(rows: list[dict], slices: list[tuple[str, str]]) -> list[list[int]]:
+    """For each row the places of the slices that it is in."""
+    found: list[list[int]] = [[] for _ in rows]
+    numbers = members(rows)
+    for place, key in enumerate(slices):
+        for number in numbers.get(key, ()):
+            found[number].append(place)
+    return found
+
+
 def _error_histogram(rows: list[dict]) -> dict:
     """How many rows have how many token errors; the ones without are counted apart, they would hide the others."""
     errors = [row["token_errors"] for row in rows]
@@ -262,7 +272,7 @@ def _photographs(rows: list[dict], pictures: Pictures) -> dict[str, list]:
         if file and file not in places:
             try:
                 places[file] = pictures.add(stored_picture(Path(file), max_bytes))
-            except (OSError, PictureError):
+            except (OSError, PictureError, ValueError):  # ValueError: a path with a NUL character
                 places[file] = None
     return {"picture": [places.get(row.get("image_path")) for row in rows]}
 

@@ -30,7 +30,7 @@ class Output(NamedTuple):
     finished: bool  # False: stopped here, or killed by a limit
 
 
-def run(command: Sequence[str], *, folder: str, seconds: float, progress: bytes) -> Output:
+def run(command: Sequence[str], *, folder: str, seconds: float, progress: bytes, num_steps: int) -> Output:
     """Run `command` in `folder` until it ends, or until it has not printed `progress` for `seconds`.
 
     Args:
@@ -38,6 +38,7 @@ def run(command: Sequence[str], *, folder: str, seconds: float, progress: bytes)
         folder: working folder, the only place where it may read and write files of its own.
         seconds: wall time between two signs of progress; the first may take `STARTUP_SECONDS` longer.
         progress: bytes that the program prints when it has come further.
+        num_steps: how often it does so; further signs are a stranger's, who wants more time, and give none.
     """
     process = subprocess.Popen(
         ["sh", "-c", _LIMITS + 'exec "$@"', "sh", *command],
@@ -49,7 +50,7 @@ def run(command: Sequence[str], *, folder: str, seconds: float, progress: bytes)
         start_new_session=True,
     )
     try:
-        output, in_time = _read(process, seconds, progress)
+        output, in_time = _read(process, seconds, progress, num_steps)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -74,7 +75,7 @@ def _environment(folder: str) -> dict[str, str]:
     }
 
 
-def _read(process: subprocess.Popen, seconds: float, progress: bytes) -> tuple[bytes, bool]:
+def _read(process: subprocess.Popen, seconds: float, progress: bytes, num_steps: int) -> tuple[bytes, bool]:
     """What the program printed, and whether it closed its output in time."""
     output = bytearray()
     deadline = time.monotonic() + STARTUP_SECONDS + seconds
@@ -87,8 +88,10 @@ def _read(process: subprocess.Popen, seconds: float, progress: bytes) -> tuple[b
             if not chunk:
                 process.wait()
                 return bytes(output), True
-            seen = max(0, len(output) - len(progress))
+            seen = max(0, len(output) - len(progress) + 1)
             output += chunk
-            if output.find(progress, seen) >= 0:
+            signs = output.count(progress, seen)
+            if 0 < signs <= num_steps:
                 deadline = time.monotonic() + seconds
+            num_steps -= signs
     return bytes(output), False

@@ -260,7 +260,7 @@ def _samples(rows: Iterable[dict[str, Any]]) -> list[Sample]:
 
     samples: list[Sample] = []
     for row in rows:
-        with contextlib.suppress(OSError, KeyError, TypeError):
+        with contextlib.suppress(OSError, KeyError, TypeError, ValueError):
             picture = Image.open(row["image_path"]).convert("RGB")
             samples.append(Sample(picture, row["prediction"] or "", row["reference"], str(row["id"])))
         if len(samples) == NUM_WORST:

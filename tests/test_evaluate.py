@@ -131,6 +131,9 @@ def test_a_prediction_that_is_null_is_an_empty_answer_and_counted(tmp_path):
         ('{"id": "a", "reference": "x", "prediction": "x"}\n' * 2, "line 2: the id 'a' is that of line 1 too"),
         ('{"id": 1, "reference": "x", "prediction": "x"}\n{"id": "1", "reference": "x", "prediction": "y"}',
          "line 2: the id '1' is that of line 1 too"),
+        ('{"id": 1, "reference": "x", "prediction": "x", "source": ["a"]}', r"'source' is \['a'\], needs a name"),
+        ('{"id": 1, "reference": "x", "prediction": "x", "image_path": 5}', "'image_path' is 5, needs the path"),
+        ('{"id": 1, "reference": "x", "prediction": "x", "num_tokens": "many"}', "'num_tokens' is 'many', needs"),
     ],
 )  # fmt: skip
 def test_bad_prediction_files(tmp_path, content, message):
@@ -152,6 +155,14 @@ def test_half_a_character_is_replaced(tmp_path):
     path.write_text(r'{"id": 1, "reference": "\ud83d\ude00", "prediction": "\ud83d"}' + "\n")
     found = score_file(path, output_dir=tmp_path / "out", pictures=False)
     assert (found.rows[0]["reference"], found.rows[0]["prediction"]) == ("\U0001f600", "\ufffd")
+
+
+def test_what_a_line_may_say_besides(tmp_path):
+    path = tmp_path / "p.jsonl"
+    path.write_text(r'{"id": 1, "reference": "x", "prediction": "x", "source": 7, "image_path": "a\u0000b"}' + "\n")
+    found = score_file(path, output_dir=tmp_path / "out", pictures=False)
+    assert [row["slice"] for row in found.slices if row["by"] == "source"].count("7") > 0
+    assert (tmp_path / "out" / "report.html").is_file()
 
 
 def test_a_file_that_is_no_text(tmp_path):

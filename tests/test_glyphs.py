@@ -194,8 +194,10 @@ def test_a_glyph_is_what_its_fields_say():
     assert np.isclose(glyph_f1(Rendering((glyph,), (), None, "latex"), Rendering((glyph,), (), None, "latex")), 1)
 
 
-def test_a_runaway_prediction_takes_no_age():
-    runaway = r"\frac{a}{b}+x^{2}" * 450
+@pytest.mark.parametrize(
+    "runaway", [r"\frac{a}{b}+x^{2}" * 450, r"\begin{matrix}" + r"\hline a \\" * 1000 + r"\end{matrix}"]
+)
+def test_a_runaway_prediction_takes_no_age(runaway):
     rendered = render([runaway, r"\frac{a}{b}"])
     assert rendered[0].error is None
     started = time.monotonic()

@@ -17,7 +17,8 @@ from latexocr.errors import InputError
 from latexocr.metrics.glyphs import same_picture
 from latexocr.render import Rendering, draw, engine_available, render, render_pngs
 
-FINE = [r"\frac{a}{b}", r"\sqrt{x^2}", r"\alpha+\beta", r"\sum_{i=1}^{n}i", r"\left(\frac12\right)", "x_i", r"f'", "y"]
+FINE = [r"\frac{a}{b}", r"\sqrt{x^2}", r"\alpha+\beta", r"\sum_{i=1}^{n}i", r"\left(\frac12\right)", "x_i", r"f'",
+        r"\begin{aligned}y&=\Delta\end{aligned}"]  # fmt: skip
 
 
 def codes(rendering: Rendering) -> str:
@@ -96,6 +97,8 @@ HOSTILE = {
     "writes a file": r"\newwrite\w\immediate\openout\w=PROOF \immediate\write\w{x}\immediate\closeout\w x",
     "endless macro": r"\def\x{\x}\x",
     "endless growth": r"\def\x{a\x}\x",
+    "endless signs of progress": r"\gdef\x{\csname lx@begin\endcsname{0}\egroup\count9=0 \y\x}"
+    r"\gdef\y{\advance\count9 1 \ifnum\count9<1000000 \expandafter\y\fi}\x",
     "endless loop of messages": r"\loop\message{xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx}\iftrue\repeat",
     "10 MB": "x" * 10_000_000,
     "10,000 braces": "{" * 10_000 + "x" + "}" * 10_000,
@@ -130,6 +133,11 @@ POISON = {
     "a page of its own": r"\shipout\hbox{z}x",
     "LaTeX's own definitions": r"\newcommand{\y}{z}\renewcommand{\beta}{z}\setcounter{page}{9}\y",
     "fonts": r"\global\fontdimen22\textfont2=40pt x",
+    "redefines through \\begin": r"\begin{gdef}\Delta{z}\end{gdef}",
+    "redefines through \\begin, spelled": r"\begin { g\empty def}\Delta{z}\end { g\empty def}",
+    "redefines through \\UseName": r"\UseName{gdef}\Delta{z}",
+    "redefines through \\ExpandArgs": r"\ExpandArgs{c}\UseName{gdef}{Delta}{z}",
+    "hooks": r"\AddToHook{env/aligned/begin}{z}x",
 }
 
 
@@ -277,9 +285,9 @@ def test_one_picture_is_the_picture_of_the_batch():
 
 @requires_tex
 def test_a_huge_picture_is_not_drawn():
-    wide, small = render([r"\rule{16000pt}{1pt}", "x"])
-    assert draw([wide, small], dpi=150)[0] is None
-    assert draw([wide, small], dpi=150)[1] is not None
+    """Neither one that is too long nor one of so many pixels that Pillow would refuse to open it."""
+    wide, large, small = draw(render([r"\rule{16000pt}{1pt}", r"\rule{7000pt}{7000pt}", "x"]), dpi=150)
+    assert (wide, large) == (None, None) and small is not None
 
 
 def test_mathtext_stands_in():

@@ -94,6 +94,28 @@ def test_rows_stand_worst_first_with_their_slices_and_confusions(tmp_path):
     assert "picture" not in rows and "prediction_drawn" not in rows
 
 
+def test_rows_of_rare_sources_are_in_the_slice_of_all_others(tmp_path):
+    rows = [{**row, "source": f"{number:02}"} for number, row in enumerate(evaluation([("x", "y")] * 22).rows)]
+    rows += rows[:20]
+    slices = [
+        {
+            "by": by,
+            "slice": name,
+            "metric": "exact_match",
+            "value": 0.0,
+            "low": 0.0,
+            "high": 0.0,
+            "num_rows": len(found),
+        }
+        for (by, name), found in members(rows).items()
+    ]
+    write_report(Evaluation({"num_rows": 42}, rows, slices, None), tmp_path / "report.html")
+    found = data_of(tmp_path / "report.html")
+    (place,) = (number for number, one in enumerate(found["slices"]) if one["slice"] == "all others")
+    assert found["slices"][place]["num_rows"] == 2
+    assert sum(place in of_row for of_row in found["rows"]["slices"]) == 2
+
+
 def test_a_page_is_one_file_without_addresses_and_with_one_script(tmp_path):
     write_report(evaluation([(HOSTILE, HOSTILE), ("\ud800", "x")]), tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

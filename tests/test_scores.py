@@ -9,6 +9,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -75,6 +76,12 @@ def test_squeezing():
     assert squeeze(r"\operatorname * { l i m } x") == r"\operatorname*{lim}x"
     assert squeeze(r" \alpha   t  1 ") == r"\alpha t1"
     assert squeeze("x 公 式") == "x 公 式"
+
+
+def test_texts_that_never_end_take_no_age():
+    started = time.monotonic()
+    assert squeeze(r"\mathrm { " * 50_000) == r"\mathrm{" * 50_000
+    assert time.monotonic() - started < 5
 
 
 def corpora(num: int) -> list[tuple[list[str], list[str]]]:

@@ -155,12 +155,13 @@ def _span(rule: Any, rules: Sequence[Any], glyphs: Sequence[Any]) -> tuple[tuple
     its glyphs are not neighbours in the order of print.
     """
     above, below = [], []
+    longer = [other for other in rules if other.width > rule.width + TOLERANCE_PT]
     for number, glyph in enumerate(glyphs):
         middle = glyph.x + glyph.width / 2
         if (
             glyph.y != rule.y
             and _covers(rule, middle)
-            and not any(_shields(other, rule, glyph.y, middle) for other in rules)
+            and not any(_is_between(other, rule.y, glyph.y, middle) for other in longer)
         ):
             (above if glyph.y > rule.y else below).append(number)
     above = _run(above[::-1])[::-1]
@@ -179,10 +180,9 @@ def _covers(rule: Any, x: float) -> bool:
     return rule.x - TOLERANCE_PT <= x <= rule.x + rule.width + TOLERANCE_PT
 
 
-def _shields(other: Any, rule: Any, y: float, x: float) -> bool:
-    low, high = sorted((rule.y, y))
-    is_between = low + TOLERANCE_PT < other.y < high - TOLERANCE_PT
-    return is_between and other.width > rule.width + TOLERANCE_PT and _covers(other, x)
+def _is_between(rule: Any, one_y: float, other_y: float, x: float) -> bool:
+    low, high = sorted((one_y, other_y))
+    return low + TOLERANCE_PT < rule.y < high - TOLERANCE_PT and _covers(rule, x)
 
 
 def _run(numbers: list[int]) -> list[int]:

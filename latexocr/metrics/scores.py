@@ -183,7 +183,9 @@ def squeeze(latex: str) -> str:
     >>> squeeze(r"\alpha t + \mathrm { d e t } x")
     '\\alpha t+\\mathrm{det}x'
     """
-    latex = _TEXT.sub(lambda match: match.group().replace(" ", ""), " ".join(latex.split()))
+    latex = " ".join(latex.split())
+    end = latex.rfind("}") + 1  # behind it no text can end: looking for one at every word takes ages
+    latex = _TEXT.sub(lambda match: match.group().replace(" ", ""), latex[:end]) + latex[end:]
     return _NEEDLESS_BLANK.sub("", latex)
 
 

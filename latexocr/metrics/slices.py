@@ -61,10 +61,11 @@ def slices_of(row: dict[str, Any]) -> Iterator[tuple[str, str]]:
 
 def members(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str], list[int]]:
     """Which rows are in which slice, slices in the order to show them; rare sources are one slice together."""
-    common = {source for source, _ in Counter(row.get("source") for row in rows).most_common(MAX_SOURCES)}
+    sources = Counter(str(row["source"]) for row in rows if row.get("source") is not None)
+    common = {source for source, _ in sources.most_common(MAX_SOURCES)}
     found = defaultdict(list)
     for number, row in enumerate(rows):
-        rare = row.get("source") is not None and row["source"] not in common
+        rare = row.get("source") is not None and str(row["source"]) not in common
         for key in slices_of({**row, "source": RARE} if rare else row):
             found[key].append(number)
     kinds = ["length", "structure", "script_depth", "source"]
