@@ -1,0 +1,111 @@
+"""A run's folder: what is there already, where to resume, and what may not be mixed."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from latexocr.contract import Contract
+from latexocr.errors import InputError
+from latexocr.metrics_file import METRICS_FILE
+from latexocr.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from latexocr.train_config import TrainConfig
+
+logger = logging.getLogger(__name__)
+TRAINER_STATE = "trainer_state.json"
+
+
+def checkpoint_to_resume(config: TrainConfig) -> Path | None:
+    """The checkpoint folder to go on from, None for a new run.
+
+    Raises:
+        InputError: asked to resume where there is nothing to resume from.
+    """
+    wanted = config.resume_from_checkpoint
+    if wanted in (None, False) or str(wanted).lower() == "false":
+        return None
+    if str(wanted).lower() == "true":
+        return _newest_complete_checkpoint(Path(config.output_dir))
+    folder = Path(str(wanted))
+    if not (folder / TRAINER_STATE).is_file():
+        raise InputError(f"{folder}: no {TRAINER_STATE}, so not a checkpoint that training can resume from")
+    check_adapter(folder)
+    return folder
+
+
+def _newest_complete_checkpoint(output_dir: Path) -> Path:
+    """The last checkpoint that was written to its end; a kill can leave a later one half-written."""
+    numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
+    for folder in sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if (folder / TRAINER_STATE).is_file() and (folder / ADAPTER_WEIGHTS).is_file():
+            return folder
+        logger.warning(f"{folder}: incomplete, left out")
+    raise InputError(f"{output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint")
+
+
+def check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
+    """Resuming goes on with the same base, prompt, pictures and adapter shape.
+
+    Raises:
+        InputError: something differs; it is named.
+    """
+    saved, lora = check_adapter(checkpoint), model.peft_config["default"]
+    if saved is None:
+        raise InputError(f"{checkpoint}: no latexocr.json, so not a checkpoint of this library")
+    adapter = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    pairs = {
+        "base model": (saved.base_fingerprint, contract.base_fingerprint),
+        "prompt": (saved.prompt, contract.prompt),
+        "image options": (saved.image_policy, contract.image_policy),
+        "lora_r": (adapter["r"], lora.r),
+        "lora_alpha": (adapter["lora_alpha"], lora.lora_alpha),
+        "lora_components": (adapter["target_modules"], lora.target_modules),
+    }
+    different = [name for name, (before, now) in pairs.items() if before != now]
+    if different:
+        raise InputError(
+            f"{checkpoint}: was trained with another {', '.join(different)}; resume with the same options"
+        )
+
+
+def _earlier_run(output_dir: Path) -> list[Path]:
+    return [
+        *sorted(output_dir.glob("checkpoint-*")),
+        *(output_dir / n for n in (METRICS_FILE, "adapter", "validation", "evaluation") if (output_dir / n).exists()),
+    ]
+
+
+def check_output_dir(config: TrainConfig, checkpoint: Path | None) -> Path:
+    """Refuse to mix two runs in one folder, and to train into one that cannot be written. Nothing is deleted here.
+
+    Raises:
+        InputError: it cannot be written, or holds an earlier run.
+    """
+    output_dir = Path(config.output_dir)
+    earlier = _earlier_run(output_dir)
+    if earlier and checkpoint is None and not config.overwrite_output_dir:
+        raise InputError(
+            f"{output_dir}: holds an earlier run ({earlier[0].name}); choose another --output_dir, go on with "
+            "--resume_from_checkpoint true, or discard it with --overwrite_output_dir true"
+        )
+    if config.process_index == 0:
+        try:
+            output_dir.mkdir(parents=True, exist_ok=True)
+            probe = output_dir / f".writable-{os.getpid()}"
+            probe.touch()
+            probe.unlink()
+        except OSError as error:
+            raise InputError(
+                f"{output_dir}: cannot be written ({error.strerror}); choose another --output_dir"
+            ) from error
+    return output_dir
+
+
+def discard_earlier_run(output_dir: Path) -> None:
+    """What `--overwrite_output_dir` asks for, once everything else is known to be fine."""
+    for path in _earlier_run(output_dir):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

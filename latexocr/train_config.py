@@ -1,0 +1,208 @@
+"""TrainConfig: what a training is told, checked and completed before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from latexocr.attention import VARLEN_CAPABILITY
+from latexocr.config import OUR_NAMES, TrainOptions, typed_values
+from latexocr.errors import InputError, nearest
+from latexocr.layers import kernels_available
+from latexocr.lora import runs_kernels
+from latexocr.metrics import METRICS
+from latexocr.modeling import default_dtype
+
+logger = logging.getLogger(__name__)
+MAX_WORKERS = 8
+# config.yaml describes a run, so that it can be given again: no secrets, and nothing about how it was started.
+NEVER_SAVED = {"hub_token", "push_to_hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
+
+
+@dataclass
+class TrainConfig(TrainOptions, TrainingArguments):
+    """`transformers.TrainingArguments` with our fields beside them and our recipe as defaults.
+
+    Raises:
+        InputError: values that do not go together (see `_check`).
+    """
+
+    def __post_init__(self) -> None:
+        self._check()
+        if self.eval_strategy is None:
+            self.eval_strategy = "epoch" if self.val_json else "no"
+        if self.save_strategy is None:  # with the evaluations, so that the best checkpoint can be kept
+            self.save_strategy = "epoch" if self.eval_strategy == "no" else self.eval_strategy
+            if self.save_strategy == "steps":
+                self.save_steps = self.eval_steps or self.logging_steps
+        if self.metric_for_best_model is None:
+            self.metric_for_best_model = "eval_edit_distance" if self.eval_generate_samples else "eval_loss"
+        if self.greater_is_better is None:
+            metric = METRICS.get(self.best_metric)
+            self.greater_is_better = metric is not None and metric.better == "higher"
+        if self.load_best_model_at_end is None:
+            self.load_best_model_at_end = self.eval_strategy != "no" and self.save_strategy in (
+                self.eval_strategy,
+                "best",
+            )
+        if self.dataloader_num_workers is None:
+            ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+            self.dataloader_num_workers = max(1, min(MAX_WORKERS, _num_cores() // ranks))
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1 and not torch.accelerator.is_available():
+            self.use_cpu = True  # else accelerate takes every rank for a run of its own
+        on_gpu = torch.cuda.is_available() and not self.use_cpu
+        if not on_gpu:
+            self.dataloader_pin_memory = False  # it only warns there
+        self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
+        if self.ddp_find_unused_parameters is None:
+            self.ddp_find_unused_parameters = False  # every adapter takes part in every step
+        if self.bf16 is None:
+            self.bf16 = on_gpu and not self.fp16 and default_dtype("cuda") == torch.bfloat16
+        if self.flatten is None:
+            self.flatten = not on_gpu or (
+                (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
+            )
+        frozen = not {"vision", "merger"} & set(self.lora_components)
+        if self.cache_vision_features and not frozen:
+            raise InputError(
+                "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
+            )
+        if self.by_budget and not self.flatten:
+            raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
+        sharded = bool(self.fsdp or self.deepspeed) or any(
+            os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")
+        )
+        if self.fused_layers is None:
+            self.fused_layers = on_gpu and kernels_available()
+        if self.fused_loss is None:
+            self.fused_loss = not sharded
+        if self.fused_lora is None:
+            self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
+        if self.cuda_graphs is None:
+            self.cuda_graphs = on_gpu and self.fused_lora and self.flatten
+        self._check_fast(on_gpu, sharded)
+        if self.accelerator_config is None and on_gpu:
+            self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
+        super().__post_init__()
+        self.set_checkpointing(bool(self.gradient_checkpointing))
+        if self.n_gpu > 1:
+            logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
+            self._n_gpu = 1  # Trainer would fall back to nn.DataParallel, which is slow and splits our batches wrongly
+
+    def _check(self) -> None:
+        if self.early_stopping_patience is not None and not self.val_json:
+            raise InputError("early_stopping_patience needs a val_json to watch")
+        if self.eval_strategy not in (None, "no") and not self.val_json:
+            raise InputError(
+                f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on; "
+                "add one or set --eval_strategy no"
+            )
+        for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_patches_per_batch",
+                     "gradient_accumulation_steps", "per_device_eval_batch_size", "generate_batch_size", "max_length",
+                     "max_new_tokens"):  # fmt: skip
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
+        if self.early_stopping_patience is not None and self.eval_strategy == "no":
+            raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
+        known = ["loss", *METRICS]
+        if self.metric_for_best_model is not None and self.best_metric not in known:
+            raise InputError(
+                f"metric_for_best_model {self.metric_for_best_model!r} is not measured"
+                f"{nearest(self.best_metric, known)} (one of {', '.join(known)})"
+            )
+        if not self.eval_generate_samples and self.metric_for_best_model not in (None, "loss", "eval_loss"):
+            raise InputError(
+                f"metric_for_best_model {self.metric_for_best_model!r} needs eval_generate_samples above 0"
+            )
+        unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False,
+                  "auto_find_batch_size": False}  # fmt: skip
+        hints = {"torch_compile": "; fused_layers has its effect", "auto_find_batch_size": "; latexocr plan finds one"}
+        if self.by_budget:
+            unused["per_device_train_batch_size"] = TrainOptions.per_device_train_batch_size
+            hints["per_device_train_batch_size"] = "; the budget says how large a batch is"
+        for name, default in unused.items():
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"{name} is set to {getattr(self, name)!r}, but has no effect here: leave it out"
+                    f"{hints.get(name, '')}"
+                )
+        if min(self.eval_generate_samples, self.board_samples) < 0:
+            raise InputError("eval_generate_samples and board_samples cannot be negative")
+
+    @property
+    def best_metric(self) -> str | None:
+        """`metric_for_best_model` as `latexocr.metrics` names it."""
+        return self.metric_for_best_model and self.metric_for_best_model.removeprefix("eval_")
+
+    @property
+    def picks_by_pictures(self) -> bool:
+        """Whether every validation must render formulas because the best checkpoint is chosen by it."""
+        return self.best_metric in METRICS and METRICS[self.best_metric].needs_pictures
+
+    @property
+    def by_budget(self) -> bool:
+        """Whether a budget of tokens or patches, not a number of samples, says how large a micro-batch is."""
+        return self.max_tokens_per_batch is not None or self.max_patches_per_batch is not None
+
+    def set_checkpointing(self, on: bool) -> None:
+        """Gradient checkpointing, under each name that it has: transformers 5.23 reads `activation_checkpointing`."""
+        known = {item.name for item in fields(self)}
+        for name in known & {"gradient_checkpointing", "activation_checkpointing"}:
+            setattr(self, name, on)
+            if on:
+                given = getattr(self, f"{name}_kwargs") or {}
+                if given.get("use_reentrant"):
+                    raise InputError("use_reentrant: true would train no adapter of the vision tower; leave it out")
+                # no random state to restore with fused_lora: dropout masks are a function of the seed
+                kept = {"preserve_rng_state": False} if self.fused_lora else {}
+                setattr(self, f"{name}_kwargs", {**kept, **given, "use_reentrant": False})
+
+    def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
+        """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""
+        if self.fused_lora and on_gpu and not (self.bf16 and runs_kernels(self.lora_r)):
+            raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
+        if self.cuda_graphs and not (on_gpu and self.flatten and self.fused_lora):
+            raise InputError("cuda_graphs needs a GPU, flatten and fused_lora; leave it out")
+        for name in ("fused_loss", "fused_lora", "cuda_graphs"):
+            if getattr(self, name) and sharded:
+                raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """From names and values as YAML or the command line gives them.
+
+        Raises:
+            InputError: an unknown name (with the nearest one) or a value of the wrong type.
+        """
+        try:
+            return cls(**typed_values(cls, values))
+        except InputError:
+            raise
+        except ValueError as error:  # TrainingArguments' own checks
+            raise InputError(f"these options do not go together: {' '.join(str(error).split())}") from error
+
+    def resolved(self) -> dict[str, Any]:
+        """All our fields, and the Trainer fields that differ from their defaults: what `config.yaml` holds."""
+        values = self.to_dict()
+        kept = {}
+        for item in fields(self):
+            value = values.get(item.name, getattr(self, item.name, None))
+            value = os.fspath(value) if isinstance(value, os.PathLike) else value
+            default = item.default if item.default is not MISSING else None
+            plain = isinstance(value, bool | int | float | str | list | type(None))
+            if item.name in NEVER_SAVED or not (plain or (item.name.endswith("kwargs") and isinstance(value, dict))):
+                continue
+            if item.name in OUR_NAMES or value != getattr(default, "value", default):
+                kept[item.name] = value
+        return kept
+
+
+def _num_cores() -> int:
+    """Cores that this job may use; a Slurm job on a large node is given few of them."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
