@@ -240,6 +240,12 @@ def test_many_copies_of_a_picture_are_not_compared_each_with_each(tmp_path, monk
     assert len(case.rows) == 60 and len(calls) == 59
 
 
+def test_texts_cannot_steer_the_terminal(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    report = str(doctor(write_records(tmp_path / "train.json", [("a.png", "{ \x1b[2J\u202e\nx")])))
+    assert "      { \ufffd[2J\ufffd x" in report.split("\n") and "\x1b" not in report
+
+
 def test_histogram_keeps_every_row():
     assert histogram([1, 1, 2, 5]) == [(1, 1, 2), (2, 2, 1), (3, 3, 0), (4, 4, 0), (5, 5, 1)]
     bars = histogram([*range(100)] * 10 + [10_000])
