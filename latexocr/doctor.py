@@ -104,7 +104,8 @@ class Diagnosis:
         lines += ["", *([] if self.findings else ["nothing found"])]
         if not self.has_latex:
             lines.append("the programs latex and dvipng are not installed: no text was rendered")
-        return "\n".join(lines).rstrip()
+        # what a stranger wrote must not steer the terminal
+        return "\n".join("".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines).rstrip()
 
     def _lines(self, case: Case) -> Iterator[str]:
         more = f" and {len(case.rows) - SHOWN_ROWS:,} more" if len(case.rows) > SHOWN_ROWS else ""
@@ -112,7 +113,7 @@ class Diagnosis:
         yield f"- {where}{more}{': ' if case.why else ''}{case.why}"
         texts = Counter(self.rows[row].text for row in case.rows).most_common(SHOWN_ROWS)
         for text, number in texts:
-            yield f"    {f'{number:,} x ' if len(texts) > 1 else ''}{_shortened(text)}"
+            yield f"    {f'{number:,} x ' if len(texts) > 1 else ''}{_shortened(' '.join(text.split()))}"
 
     def num_rows(self, name: str) -> int:
         """How many rows a finding concerns."""

@@ -48,6 +48,8 @@ class Evaluation:
             for name, value in self.metrics.items()
             if not name.endswith(("_low", "_high"))
         ]
+        if self.engine == "mathtext":  # other glyphs, fewer formulas: not to be put beside figures by LaTeX
+            lines.append("pictures are matplotlib's mathtext: the programs latex and dvipng are not installed")
         return "\n".join([*lines, *([f"written to {self.output_dir}"] if self.output_dir else [])])
 
 

@@ -238,7 +238,7 @@ def likeness(facts: Facts) -> Cases:
         if len(rows) > 1:
             yield from _same_picture(facts, rows, "two_texts", "leaked_pictures", "duplicates")
     firsts = [rows[0] for rows in by_digest.values()]
-    for cluster in _clusters(_confirmed(facts, firsts)):
+    for cluster in _nearly_alike(facts, firsts):
         rows = sorted(row for first in cluster for row in by_digest[facts.rows[first].look.digest])
         yield from _same_picture(facts, rows, "nearly_two_texts", "nearly_leaked_pictures", "near_duplicates")
 
@@ -253,20 +253,20 @@ def _same_picture(facts: Facts, rows: list[int], two_texts: str, leaked: str, du
         yield duplicates, Case(rows)
 
 
-def _confirmed(facts: Facts, firsts: list[int]) -> list[tuple[int, int]]:
-    """Pairs of rows whose pictures are nearly the same; only the pictures in question are loaded again."""
+def _nearly_alike(facts: Facts, firsts: list[int]) -> list[set[int]]:
+    """Rows whose pictures are nearly the same, in chains; only the pictures in question are loaded again.
+
+    Two that are in one chain already are not compared: a thousand copies of a picture are half a million pairs.
+    """
     pairs = [(firsts[a], firsts[b]) for a, b in near_pairs([facts.rows[row].look for row in firsts])]
     loaded = dict(facts.load({row for pair in pairs for row in pair}))
-    return [pair for pair in pairs if alike(*(loaded[row] for row in pair))]
-
-
-def _clusters(pairs: Iterable[tuple[int, int]]) -> list[set[int]]:
-    """Connected rows."""
-    cluster_of: dict[int, set[int]] = {}
-    for pair in pairs:
-        merged = set(pair).union(*(cluster_of.get(row, ()) for row in pair))
-        cluster_of |= dict.fromkeys(merged, merged)
-    return list({id(cluster): cluster for cluster in cluster_of.values()}.values())
+    cluster_of: dict[int, set[int]] = {row: {row} for row in loaded}
+    for row, other in pairs:
+        ours, theirs = cluster_of[row], cluster_of[other]
+        if ours is not theirs and alike(loaded[row], loaded[other]):
+            merged = ours | theirs
+            cluster_of |= dict.fromkeys(merged, merged)
+    return [one for one in {id(cluster): cluster for cluster in cluster_of.values()}.values() if len(one) > 1]
 
 
 def leaked_texts(facts: Facts) -> Cases:

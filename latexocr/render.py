@@ -174,8 +174,8 @@ def _mathtext(text: str) -> Rendering:
 _PROGRAM = re.compile(
     r"\^\^|\\(?:begin|end)\s*(?!\{[A-Za-z]+\*?\})"  # a strange name, or none
     r"|\\(?:begin|end)\s*\{(?:document|filecontents|verbatim|lrbox|thebibliography)"
-    r"|\\(?:(?:begin|end)\s*\{)?(?:[gex]?def|let|futurelet|global\w*|long|outer|protected|immediate|afterassignment"
-    r"|aftergroup|expandafter"
+    r"|\\(?:(?:begin|end)\s*\{)?(?:[gex]?def|(?:bm)?define\w*|let|futurelet|global\w*|long|outer|protected|immediate"
+    r"|afterassignment|aftergroup|expandafter"
     r"|noexpand|csname|endcsname|the|string|meaning|jobname|scantokens|(?:lower|upper)case|mag|language"
     r"|(?:cat|lc|uc|math|del|sf)code|(?:math)?chardef|(?:count|dimen|skip|muskip|toks|box|insert)(?:def)?"
     r"|advance|multiply|divide|fontdimen|(?:hyphen|skew)char|font|(?:text|script|scriptscript)font|setbox|wd|ht|dp"

@@ -226,6 +226,26 @@ def test_a_model_gives_tokenizer_and_image_options(tiny, records):
     assert len(diagnosis.lengths["model's tokens"]) == 7
 
 
+def test_many_copies_of_a_picture_are_not_compared_each_with_each(tmp_path, monkeypatch):
+    copies = []
+    for number in range(60):
+        copy = picture(0).convert("L")
+        copy.putpixel((0, 0), 200 + number // 2)
+        copy.putpixel((1, 0), 200 + number % 2)
+        copy.save(tmp_path / f"{number}.png")
+        copies.append((f"{number}.png", "x"))
+    calls = []
+    monkeypatch.setattr("latexocr.findings.alike", lambda *pair: calls.append(pair) or alike(*pair))
+    (case,) = doctor(write_records(tmp_path / "train.json", copies)).findings["near_duplicates"]
+    assert len(case.rows) == 60 and len(calls) == 59
+
+
+def test_texts_cannot_steer_the_terminal(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    report = str(doctor(write_records(tmp_path / "train.json", [("a.png", "{ \x1b[2J\u202e\nx")])))
+    assert "      { \ufffd[2J\ufffd x" in report.split("\n") and "\x1b" not in report
+
+
 def test_histogram_keeps_every_row():
     assert histogram([1, 1, 2, 5]) == [(1, 1, 2), (2, 2, 1), (3, 3, 0), (4, 4, 0), (5, 5, 1)]
     bars = histogram([*range(100)] * 10 + [10_000])

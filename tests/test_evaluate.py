@@ -74,6 +74,13 @@ def test_picture_figures(tmp_path):
     assert metrics["glyph_f1"] == pytest.approx((1 + wrong + 0 + 1) / 4)
 
 
+def test_figures_say_which_program_drew(tmp_path, monkeypatch):
+    path = write(tmp_path / "p.jsonl", ROWS)
+    assert "mathtext" not in str(score_file(path, pictures=False))
+    monkeypatch.setattr("latexocr.render.engine_available", lambda: "mathtext")
+    assert "pictures are matplotlib's mathtext" in str(score_file(path))
+
+
 def test_files(tmp_path):
     found = score_file(write(tmp_path / "p.jsonl", ROWS), output_dir=tmp_path / "out", pictures=False)
     assert json.loads((tmp_path / "out/metrics.json").read_text()) == found.metrics

@@ -137,6 +137,7 @@ POISON = {
     "redefines through \\begin, spelled": r"\begin { g\empty def}\Delta{z}\end { g\empty def}",
     "redefines through \\UseName": r"\UseName{gdef}\Delta{z}",
     "redefines through \\ExpandArgs": r"\ExpandArgs{c}\UseName{gdef}{Delta}{z}",
+    "redefines through a package": r"\bmdefine\Delta{\Gamma}",
     "hooks": r"\AddToHook{env/aligned/begin}{z}x",
 }
 

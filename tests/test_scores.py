@@ -78,6 +78,11 @@ def test_squeezing():
     assert squeeze("x 公 式") == "x 公 式"
 
 
+def test_a_metric_of_pictures_asks_for_them():
+    with pytest.raises(InputError, match=r"glyph_f1 compares pictures; give them to score"):
+        METRICS["glyph_f1"](["x"], ["x"])
+
+
 def test_texts_that_never_end_take_no_age():
     started = time.monotonic()
     assert squeeze(r"\mathrm { " * 50_000) == r"\mathrm{" * 50_000

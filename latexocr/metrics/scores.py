@@ -118,7 +118,13 @@ class Metric:
     needs_pictures: bool = False
 
     def __call__(self, predictions: Sequence[str], references: Sequence[str]) -> float:
-        """The figure alone, for metrics that need no pictures."""
+        """The figure alone, for metrics that need no pictures.
+
+        Raises:
+            InputError: as `score`, or the metric needs pictures.
+        """
+        if self.needs_pictures:
+            raise InputError(f"{self.name} compares pictures; give them to score(..., pictures=(...))")
         return float(self.value(self.per_row(Pairs(predictions, references)).sum(axis=0)))
 
     def of_row(self, rows: np.ndarray) -> np.ndarray:
