@@ -347,6 +347,11 @@ class FormulaTrainer(Trainer):
             write_predictions(path, predictions)
         if self.args.world_size > 1:
             torch.distributed.broadcast_object_list(scores, src=0)
+        if self.args.picks_by_pictures and self.args.best_metric not in scores[0]:
+            raise InputError(
+                f"metric_for_best_model is {self.args.best_metric}, but no reference of the validation renders; "
+                "choose a text metric such as edit_distance, or see latexocr doctor"
+            )
         return scores[0]
 
     def _my_share(self, dataset: Any, rows: Sequence[int], description: str, collate: Collate) -> Iterator[Any]:

@@ -317,3 +317,17 @@ def test_resuming_with_other_options_is_refused(config, tiny_models, tmp_path):
     other = str(tiny_models["qwen2_5_vl"])
     with pytest.raises(InputError, match="trained with another base model"):
         train(config(max_steps=2, model_name_or_path=other, resume_from_checkpoint="true"))
+
+
+def test_pictures_cannot_choose_where_no_reference_renders(config, records, tmp_path):
+    rows = json.loads(records["val"].read_text(encoding="utf-8"))
+    for row in rows:
+        row["conversations"][0]["value"] = str(records["val"].parent / row["conversations"][0]["value"])
+        row["conversations"][1]["value"] = r"\undefinedthing"
+    (tmp_path / "val.json").write_text(json.dumps(rows), encoding="utf-8")
+    options = config(
+        val_json=str(tmp_path / "val.json"), output_dir=str(tmp_path / "run"), eval_generate_samples=2,
+        max_new_tokens=4, metric_for_best_model="glyph_f1",
+    )  # fmt: skip
+    with pytest.raises(InputError, match="glyph_f1, but no reference of the validation renders"):
+        train(options)
