@@ -1,7 +1,7 @@
 """Norms, gates, activations and rotary positions of transformers' layers, each as one kernel.
 
-Why: as transformers writes them, they are half a dozen kernels each, which read and write whole activations: a third
-of a training step. `torch.compile` makes one kernel of them too, after half a minute of compilation in every new
+Why: as transformers writes them, they are half a dozen kernels each, and each kernel reads and writes whole
+activations. `torch.compile` makes one kernel of them too, after half a minute of compilation in every new
 environment; these are ready in a second or two, and any shape will do.
 
 Modules keep their place, their parameters and their names; only their forward pass changes, and only on a GPU.

@@ -467,7 +467,7 @@ class _Repeatable(TrainerCallback):
 
 class _NoInputGradients(TrainerCallback):
     """Undoes what transformers does for reentrant checkpointing: embeddings and patches that require gradients. A
-    frozen vision tower would be differentiated for nothing, in a fifth of the time, and no step could be captured."""
+    frozen vision tower would be differentiated for nothing, and in the middle of it the host would wait for the GPU."""
 
     def __init__(self, trainer: FormulaTrainer) -> None:
         self.trainer = trainer
