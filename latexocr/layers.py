@@ -2,7 +2,7 @@
 
 Why: as transformers writes them, they are half a dozen kernels each, and each kernel reads and writes whole
 activations. `torch.compile` makes one kernel of them too, after half a minute of compilation in every new
-environment; these are ready in a second or two, and any shape will do.
+environment; these compile while the model loads, and any shape will do.
 
 Modules keep their place, their parameters and their names; only their forward pass changes, and only on a GPU.
 Everything is computed in float32 and rounded to the type of the input.
