@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -25,7 +25,7 @@ from transformers import AttentionInterface, GenerationConfig
 from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import VARLEN_CAPABILITY, bucketed, varlen_attention
-from latexocr.collate import rope_positions
+from latexocr.collate import joined, rope_positions
 from latexocr.layers import fuse_layers, kernels_available
 from latexocr.modeling import inner_model
 
@@ -41,6 +41,7 @@ PREFILL_PATCHES = 2**16  # patches of prompts in one forward pass; bounds its me
 MEMORY_SHARE = 0.5  # of the free GPU memory may hold keys and values
 # cuDNN's attention plans anew for every shape, which costs more than it saves here.
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+Normalise = Callable[[torch.Tensor], torch.Tensor]
 logger = logging.getLogger(__name__)
 
 
@@ -116,13 +117,18 @@ class Decoder:
         self._captures = self._device.type == "cuda"
 
     @torch.no_grad()
-    def __call__(self, batches: Sequence[dict[str, torch.Tensor]]) -> list[list[int]]:
+    def __call__(
+        self, batches: Sequence[dict[str, torch.Tensor]], normalise: Normalise | None = None
+    ) -> list[list[int]]:
         """Token ids of one answer a row: up to and with the end token, or `max_new_tokens` of them.
 
         Args:
             batches: prompts, each batch collated (rows, length) with one image a row; decoded together as far as
                 memory allows.
+            normalise: makes the model's input from `pixel_values` that are bytes, on the device; bytes are a
+                twelfth or less of what travels otherwise.
         """
+        self._normalise = normalise or (lambda pixel_values: pixel_values)
         prompts = [prompt for batch in batches for prompt in _prompts(batch, self._merge_size)]
         on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         answers: list[list[int]] = []
@@ -257,7 +263,7 @@ class Decoder:
             "input_ids": torch.cat([prompt["input_ids"] for prompt in prompts])[None],
             "position_ids": positions[:, None],
             "text_cu_seqlens": pad(ends, (1, 0)).int(),
-            "pixel_values": torch.cat([prompt["pixel_values"] for prompt in prompts]).to(self._inner.dtype),
+            "pixel_values": joined([prompt["pixel_values"] for prompt in prompts]),
             "image_grid_thw": grids,
             "image_position_ids": get_vision_position_ids(grids, self._merge_size),
             "image_cu_seqlens": pad(patches.cumsum(0), (1, 0)).int(),
@@ -267,9 +273,11 @@ class Decoder:
         self._mask[rows, columns] = 0
         here = slice(first_row, first_row + len(prompts))
         self._positions[here] = self._send(positions[0, ends - 1])
+        inputs = {name: self._send(value) for name, value in inputs.items()}
+        inputs["pixel_values"] = self._normalise(inputs["pixel_values"]).to(self._inner.dtype)
         with self._cache.filling(rows, columns):
             logits = self._inner(
-                **{name: self._send(value) for name, value in inputs.items()},
+                **inputs,
                 text_max_seqlen=bucketed(int(lengths.max())),
                 image_max_seqlen=bucketed(int(patches.max())),
                 past_key_values=self._cache,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import GenerationConfig
 
-from latexocr.decoding import Decoder
+from latexocr.decoding import Decoder, Normalise
 from latexocr.preprocess import Preprocessor
 from latexocr.records import Record
 
@@ -57,7 +58,12 @@ def generate(
     """
     tokenizer = preprocessor.processor.tokenizer
     end_id = tokenizer.convert_tokens_to_ids(preprocessor.family.end_token)
-    rows = decoder(batches) if decoder else [row for batch in batches for row in _stock(model, batch, config, options)]
+    normalise = partial(preprocessor.normalise, dtype=model.dtype)
+    rows = (
+        decoder(batches, normalise)
+        if decoder
+        else [row for batch in batches for row in _stock(model, batch, normalise, config, options)]
+    )
     answers = []
     for row in rows:
         finished = end_id in row
@@ -70,9 +76,9 @@ def generate(
 
 @torch.no_grad()
 def _stock(
-    model: Any, batch: dict[str, torch.Tensor], config: GenerationConfig, options: dict[str, Any]
+    model: Any, batch: dict[str, torch.Tensor], normalise: Normalise, config: GenerationConfig, options: dict[str, Any]
 ) -> list[list[int]]:
     length = batch["input_ids"].shape[1]
     inputs = {key: value.to(model.device) for key, value in batch.items()}
-    inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+    inputs["pixel_values"] = normalise(inputs["pixel_values"]).to(model.dtype)
     return model.generate(**inputs, generation_config=config, **options)[:, length:].tolist()

@@ -173,11 +173,13 @@ class LatexOCR:
     def _prepared(self, images: Sequence[ImageInput], batch_size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
         """Prompts of `batch_size` images each; the next ones are prepared while these are read."""
         from concurrent.futures import ThreadPoolExecutor
+        from functools import partial
 
+        prepare = partial(self.preprocessor.prompt_features, as_bytes=True)
         waiting = []
         with ThreadPoolExecutor(PREPARING_THREADS) as pool:
             for start in range(0, len(images), batch_size):
-                waiting.append(pool.map(self.preprocessor.prompt_features, images[start : start + batch_size]))
+                waiting.append(pool.map(prepare, images[start : start + batch_size]))
                 if len(waiting) == 2:
                     yield list(waiting.pop(0))
             for prepared in waiting:

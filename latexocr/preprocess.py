@@ -121,9 +121,11 @@ class Preprocessor:
         whole["labels"][: -len(answer)] = IGNORED
         return {**_tensors(whole), **vision}
 
-    def prompt_features(self, image: ImageInput, where: str | None = None) -> dict[str, torch.Tensor]:
+    def prompt_features(
+        self, image: ImageInput, where: str | None = None, *, as_bytes: bool = False
+    ) -> dict[str, torch.Tensor]:
         """What generation starts from: the same prompt, token types and patches as in training, no answer."""
-        vision = self.patches(image, where)
+        vision = self.patches(image, where, as_bytes=as_bytes)
         return {**_tensors(self._prompt(vision["image_grid_thw"])), **vision}
 
     def patches(

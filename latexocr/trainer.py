@@ -466,8 +466,10 @@ class _Repeatable(TrainerCallback):
 
 
 class _NoInputGradients(TrainerCallback):
-    """Undoes what transformers does for reentrant checkpointing: embeddings and patches that require gradients. A
-    frozen vision tower would be differentiated for nothing, and in the middle of it the host would wait for the GPU."""
+    """Undoes what transformers does for reentrant checkpointing: embeddings and patches that require gradients.
+
+    A frozen vision tower would be differentiated for nothing, and the host would wait for the GPU on the way.
+    """
 
     def __init__(self, trainer: FormulaTrainer) -> None:
         self.trainer = trainer
@@ -484,7 +486,7 @@ class _Prompts(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         record = self.dataset.records[0 if row == MASKED else row]
-        return self.dataset.preprocessor.prompt_features(record.image_path, record.where)
+        return self.dataset.preprocessor.prompt_features(record.image_path, record.where, as_bytes=True)
 
 
 def spread(num_rows: int, num_chosen: int) -> list[int]:

@@ -18,9 +18,10 @@ step() { echo; echo "== $*"; }
 step "1/7 data2csv: the bundled sample -> images and data.csv"
 "$latexocr" data2csv --source data/sample --output-dir "$out/data"
 
-step "2/7 csv2json: data.csv -> train.json and val.json, no formula on both sides"
+step "2/7 csv2json: data.csv -> train.json and val.json, no formula on both sides; doctor: what could harm a training"
 "$latexocr" csv2json --csv "$out/data/data.csv" --train-json "$out/data/train.json" \
     --val-json "$out/data/val.json" --val-size 40
+"$latexocr" doctor --data "$out/data/train.json" --val-data "$out/data/val.json" --html "$out/doctor.html"
 
 step "3/7 build: a tiny model of the Qwen2-VL architecture with random weights"
 if [ ! -f "$out/model/config.json" ]; then

@@ -79,6 +79,9 @@ def test_ids_equal_stock_generate(model_type, lora, tiny_models, monkeypatch):
         assert decoder._cache.rows < 6
         assert decoder([prompts(ocr, IMAGES[:2]), prompts(ocr, IMAGES[2:])]) == wanted  # joined, memory used again
         assert decoder([prompts(ocr, IMAGES[3:4])]) == wanted[3:4]
+        as_bytes = ocr.collate([ocr.preprocessor.prompt_features(image, as_bytes=True) for image in IMAGES])
+        assert as_bytes["pixel_values"].dtype == torch.uint8
+        assert decoder([as_bytes], ocr.preprocessor.normalise) == wanted
 
 
 @pytest.fixture(scope="module")
