@@ -16,6 +16,7 @@ import sys
 import time
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -369,13 +370,13 @@ def test_killed_with_workers_it_continues_to_the_same_files(tmp_path):
 
 @pytest.mark.slow
 def test_ctrl_c_stops_cleanly_and_workers_go_with_a_killed_parent(tmp_path):
-    pictures = [encode(picture(n, "P")) for n in range(100)]
-    rows = [(pictures[n % 100], f"{n}") for n in range(30_000)]  # enough that it is not over before the signal
-    source = write_parquet(tmp_path / "x.parquet", rows)
+    source = write_parquet(tmp_path / "x.parquet", [(encode(picture(n, "P")), f"{n}") for n in range(3000)])
     for how, status in ((signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)):
         out = tmp_path / str(status)
         run = command("--source", source, "--output-dir", out, "--num-workers", 2)
-        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True)
+        # a shell starts background jobs with Ctrl-C ignored, which children inherit
+        listening = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        process = subprocess.Popen(run, stderr=subprocess.PIPE, text=True, preexec_fn=listening)
         while not list((out / stage.PARTS).glob("*.json")):
             time.sleep(0.001)
         process.send_signal(how)
