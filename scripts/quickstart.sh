@@ -68,7 +68,8 @@ out = Path(sys.argv[1])
 before, after = (json.loads((out / when / "metrics.json").read_text()) for when in ("before", "after"))
 print(f"\n{'40 validation formulas':<24}{'before':>10}{'after':>10}")
 for name in before:
-    if name in after and name != "num_rows" and not name.endswith(("_low", "_high")):
+    counts_and_variants = ("num_", "un", "missing_", "bleu_", "edit_distance_", "exact_match_", "picture_match_")
+    if name in after and not name.startswith(counts_and_variants) and not name.endswith(("_low", "_high")):
         print(f"{name:<24}{before[name]:>10.3f}{after[name]:>10.3f}")
 PYTHON
 echo
