@@ -246,6 +246,7 @@ def assess(
         slices=slices,
         engine=drawn[0][1][0].engine if pictures else None,
         comparison=None if baseline is None else tables[0].compare(tables[1]),
+        renderings=_by_text(rows, drawn[0]) if pictures else {},
     )
 
 
@@ -275,6 +276,12 @@ def _rendered(both: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[list, list
     drawn = iter(render([text for side in texts for text in side]))
     sides = [list(islice(drawn, len(side))) for side in texts]
     return list(zip(sides[::2], sides[1::2], strict=True))
+
+
+def _by_text(rows: Sequence[dict[str, Any]], drawn: tuple[list, list]) -> dict[str, Any]:
+    predictions, references = drawn
+    texts = [row["prediction"] or "" for row in rows] + [row["reference"] for row in rows]
+    return dict(zip(texts, [*predictions, *references], strict=True))
 
 
 # Key of a row: the metric of which it is the row's value.

@@ -5,8 +5,8 @@ Why a module of its own: `evaluate` makes one, `report` draws it, and neither ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ class Evaluation:
         comparison: with a baseline, one dictionary a metric: `metric`, `a` (these predictions), `b` (the baseline),
             `difference` (a - b), `low`, `high`, and the numbers of rows that these predictions have `won` and `lost`.
         output_dir: where it was written, or None.
+        renderings: `latexocr.render.Rendering` of each text that was typeset for it; the report only has to draw them.
     """
 
     metrics: dict[str, float]
@@ -36,6 +37,7 @@ class Evaluation:
     engine: str | None = None
     comparison: list[dict[str, Any]] | None = None
     output_dir: Path | None = None
+    renderings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def worst_first(self) -> list[int]:
         """Numbers of the rows, the worst first: wrong before right, then by `glyph_f1`, then by `edit_distance`."""

@@ -86,7 +86,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
             "slices": [places_of_row[number] for number in order],
             "confusions": [_places(differences[number].confused, confusions) for number in order],
             **_photographs(rows, pictures),
-            **(_drawings(rows, evaluation.engine, pictures) if evaluation.engine else {}),
+            **(_drawings(rows, evaluation, pictures) if evaluation.engine else {}),
         },
     }  # fmt: skip
     title = evaluation.output_dir.resolve().name if evaluation.output_dir else "Evaluation"
@@ -277,11 +277,13 @@ def _photographs(rows: list[dict], pictures: Pictures) -> dict[str, list]:
     return {"picture": [places.get(row.get("image_path")) for row in rows]}
 
 
-def _drawings(rows: list[dict], engine: str, pictures: Pictures) -> dict[str, list]:
+def _drawings(rows: list[dict], evaluation: Evaluation, pictures: Pictures) -> dict[str, list]:
     """Prediction and reference as TeX prints them, each formula once; None where it does not."""
-    from latexocr.render import render_pngs
+    from latexocr.render import draw, render
 
     formulas = list(dict.fromkeys(row[key] for row in rows for key in ("prediction", "reference")))
-    drawn = render_pngs(formulas, dpi=PRINT_DPI, engine=engine)
+    missing = [text for text in formulas if text not in evaluation.renderings]
+    known = {**evaluation.renderings, **dict(zip(missing, render(missing, engine=evaluation.engine), strict=True))}
+    drawn = draw([known[text] for text in formulas], dpi=PRINT_DPI)
     places = dict(zip(formulas, map(pictures.add_print, drawn), strict=True))
     return {f"{key}_drawn": [places[row[key]] for row in rows] for key in ("prediction", "reference")}
