@@ -26,7 +26,8 @@ from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import VARLEN_CAPABILITY, bucketed, varlen_attention
 from latexocr.collate import joined, rope_positions
-from latexocr.layers import fuse_layers, kernels_available
+from latexocr.layers import fuse_layers
+from latexocr.lora import kernels_available
 from latexocr.modeling import inner_model
 
 DECODING = "flash_varlen_decoding"  # "flash" in the name: see latexocr.attention

@@ -19,7 +19,8 @@ from typing import NamedTuple
 logger = logging.getLogger(__name__)
 
 POINT = 65536  # DVI units of TeX in a TeX point
-_TEX_POINTS_PER_BIG_POINT = 72.27 / 72
+POINTS_PER_INCH = 72.27
+POINTS_PER_BIG_POINT = POINTS_PER_INCH / 72
 
 _PUT_CHAR, _PUT_RULE, _RIGHT, _DOWN, _FONT, _DEFINE_FONT = 133, 137, 146, 160, 238, 246
 _BEGIN_PAGE, _END_PAGE, _PREAMBLE, _POSTAMBLE, _AFTER_POSTAMBLE, _PADDING = 139, 140, 247, 248, 249, 223
@@ -64,7 +65,7 @@ def read(path: Path) -> Iterator[Page]:
 def _glyph(text) -> Glyph:
     name = text.font.texname
     name = name.decode("ascii", "replace") if isinstance(name, bytes) else name  # bytes before matplotlib 3.11
-    size = round(text.font.size * _TEX_POINTS_PER_BIG_POINT, 3)
+    size = round(text.font.size * POINTS_PER_BIG_POINT, 3)
     return Glyph(name, size, text.glyph, text.x / POINT, -text.y / POINT, text.width / POINT)
 
 

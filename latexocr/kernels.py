@@ -206,7 +206,7 @@ def lora_grad_x(
 
 
 @triton.jit
-def _copy_kernel(tensors, blocks, num_blocks, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
+def _copy_kernel(tensors, blocks, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
     number = tl.load(blocks + 2 * tl.program_id(0))
     entry = tensors + 5 * number
     source = tl.load(entry).to(tl.pointer_type(tl.float32))
@@ -238,7 +238,7 @@ class Copies:
 
     def __call__(self) -> None:
         _copy_kernel[(len(self._blocks),)](
-            self._tensors, self._blocks, len(self._blocks), DTYPE=self._dtype, BLOCK=2 * ELEMENTS, num_warps=8
+            self._tensors, self._blocks, DTYPE=self._dtype, BLOCK=2 * ELEMENTS, num_warps=8
         )
 
 

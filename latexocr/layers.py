@@ -11,7 +11,6 @@ Everything is computed in float32 and rounded to the type of the input.
 from __future__ import annotations
 
 import functools
-import importlib.util
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -23,11 +22,6 @@ from transformers.activations import QuickGELUActivation
 from latexocr import lora
 
 ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
-
-
-def kernels_available() -> bool:
-    """Whether there is a GPU that Triton writes kernels for."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 def fuse_layers(model: torch.nn.Module) -> None:

@@ -251,9 +251,14 @@ class FusedLoras:
         self._seeds.copy_(seeds, non_blocking=True)
 
 
+def kernels_available() -> bool:
+    """Whether there is a GPU that Triton writes kernels for."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+
+
 def runs_kernels(rank: int) -> bool:
-    """Whether the GPU kernels are to be had: Triton is there, and the rank is one that their tiles are made for."""
-    return importlib.util.find_spec("triton") is not None and rank in RANKS
+    """Whether the GPU kernels are to be had for adapters of this rank: their tiles are made for some."""
+    return kernels_available() and rank in RANKS
 
 
 def _layers_by_input(model: torch.nn.Module) -> list[list[LoraLinear]]:

@@ -12,12 +12,11 @@ from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 
-from latexocr.dvi import Glyph, Page, Rule
+from latexocr.dvi import POINTS_PER_BIG_POINT, POINTS_PER_INCH, Glyph, Page, Rule
 
 FONT_SIZE = 10.0
 MAX_CHARACTERS = 3_000  # its time grows with the text, and there is no process to stop
 MAX_DEPTH = 20
-_TEX_POINTS_PER_BIG_POINT = 72.27 / 72
 
 
 def boxes(formula: str) -> Page:
@@ -43,7 +42,7 @@ def boxes(formula: str) -> Page:
     except Exception as error:  # whatever a parser of strangers' texts raises, the formula does not render
         raise ValueError(_reason(error)) from error
     baseline = page.glyphs[0][-1]
-    scale = _TEX_POINTS_PER_BIG_POINT
+    scale = POINTS_PER_BIG_POINT
     glyphs = []
     # (font, size, character[, index], x, y): matplotlib 3.11 added the index
     for face, size, code, *_, x, y in page.glyphs[1:]:
@@ -81,7 +80,7 @@ def draw(glyphs: Sequence[Glyph], rules: Sequence[Rule], *, dpi: int) -> bytes:
     """A grey PNG of boxes of `boxes`, cropped to what is printed."""
     from PIL import Image, ImageDraw, ImageOps
 
-    scale = dpi / 72.27
+    scale = dpi / POINTS_PER_INCH
     margin = 2 * FONT_SIZE  # glyphs reach out of their boxes; cropped below
     left = min(item.x for item in (*glyphs, *rules)) - margin
     right = max(item.x + item.width for item in (*glyphs, *rules)) + margin

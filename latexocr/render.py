@@ -27,6 +27,7 @@ from typing import Literal, NamedTuple
 from latexocr import dvi, mathtext, sandbox
 from latexocr.dvi import Glyph, Rule
 from latexocr.errors import InputError
+from latexocr.metrics.tokens import without_comments
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +143,7 @@ def _fits(rendering: Rendering, dpi: int) -> bool:
         - min(item.y for item in items)
         + max((r.height for r in rendering.rules), default=0),
     )
-    scale = dpi / 72.27
+    scale = dpi / dvi.POINTS_PER_INCH
     return max(sides) * scale < MAX_SIDE_PX and math.prod(sides) * scale**2 < MAX_PIXELS
 
 
@@ -186,7 +187,6 @@ _PROGRAM = re.compile(
     r"|provide\w+|Declare\w+|At(?:Begin|End)\w+|usepackage|Require\w+|documentclass|makeat\w+|ExplSyntax\w+"
     r"|(?:set|addto|step|refstep)counter|verb|lstinline|bibliography\w*|hyphenation|patterns|parshape)(?![A-Za-z])"
 )
-_COMMENT = re.compile(r"(\\.)|%[^\r\n]*", re.DOTALL)
 # Data sets write tokens apart; these TeX wants together: x''^2, \hspace{2mm}, \begin{matrix}.
 _SPACED_PRIMES = re.compile(r"'\s+(?=['^])")
 _SPACED_WORD = re.compile(r"(\\(?:[hv]space\s*\*?|raisebox|begin|end)\s*\{)([^{}\\]*)\}")
@@ -199,7 +199,7 @@ _NESTING = re.compile(r"\\(?:begin|end)\s*\{([^{}]*)\}|\\.|[{}$]", re.DOTALL)
 def _bare(text: str) -> str:
     """One line without fence, comments and enclosing dollars."""
     fenced = _FENCE.fullmatch(text.strip())
-    text = _COMMENT.sub(lambda match: match[1] or "", fenced[1] if fenced else text)
+    text = without_comments(fenced[1] if fenced else text)
     text = " ".join(text.split())
     while len(text) > 1 and text[0] == text[-1] == "$" and text[-2] != "\\":
         text = text[1:-1].strip()

@@ -14,8 +14,7 @@ from transformers import TrainingArguments
 from latexocr.attention import VARLEN_CAPABILITY
 from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.errors import InputError, nearest
-from latexocr.layers import kernels_available
-from latexocr.lora import runs_kernels
+from latexocr.lora import kernels_available, runs_kernels
 from latexocr.metrics import METRICS
 from latexocr.modeling import default_dtype
 

@@ -58,13 +58,16 @@ def level0(latex: str) -> list[str]:
     fenced = _FENCE.fullmatch(latex) if "```" in latex else None
     if fenced:
         latex = fenced.group(1)
-    if "%" in latex:
-        latex = _COMMENT.sub(lambda match: match.group(1) or "", latex)
-    tokens = tokenize(latex)
+    tokens = tokenize(without_comments(latex))
     if r"\label" in tokens:
         # What stood left and right of a label may now be one token: \operatorname \label{a} *
         tokens = tokenize(" ".join(_without_labels(tokens)))
     return _without_delimiters(tokens)
+
+
+def without_comments(latex: str) -> str:
+    r"""The text without what stands behind a `%` that is not `\%`."""
+    return _COMMENT.sub(lambda match: match.group(1) or "", latex) if "%" in latex else latex
 
 
 def _without_labels(tokens: list[str]) -> list[str]:
