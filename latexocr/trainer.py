@@ -125,6 +125,8 @@ class FormulaTrainer(Trainer):
         loader = super().get_train_dataloader()
         inner = loader.base_dataloader  # accelerate iterates over this one
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
+        # Starting workers draws a number, in a resumed run more often: not from the generator that dropout uses.
+        inner.generator = torch.Generator()
         return loader
 
     def _loader_by_budget(self, batches: BudgetSampler) -> DataLoader:
@@ -138,6 +140,7 @@ class FormulaTrainer(Trainer):
             persistent_workers=self.args.dataloader_persistent_workers,
             prefetch_factor=self.args.dataloader_prefetch_factor,
             worker_init_fn=outlive_stop_signals,
+            generator=torch.Generator(),  # see get_train_dataloader
         )
         return prepare_data_loader(
             loader,
