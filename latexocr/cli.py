@@ -148,7 +148,7 @@ def parser_for(verb: str, function: Callable) -> argparse.ArgumentParser:
                 options["choices"] = choices
             else:
                 options["metavar"] = name.upper().removesuffix("S" if is_list else "")
-        if is_list and required:  # predict IMAGE [IMAGE ...]
+        if required and typing.get_origin(hints[name]) is list:  # predict IMAGE [IMAGE ...]
             parser.add_argument(name, nargs="+", **options)
             continue
         if is_list:
@@ -170,7 +170,8 @@ def _flag_type(hint: object) -> tuple[Callable, bool]:
         members = [member for member in typing.get_args(hint) if member is not type(None)]
         if set(members) == {int, float}:
             return _number, False
-        return _flag_type(members[0])
+        several = [member for member in members if typing.get_origin(member) is list]  # Path | list[Path]
+        return _flag_type((several or members)[0])
     if typing.get_origin(hint) is typing.Literal:
         return type(typing.get_args(hint)[0]), False
     if typing.get_origin(hint) in (list, tuple):

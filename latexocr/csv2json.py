@@ -11,10 +11,21 @@ import errno
 import json
 import os
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from latexocr.errors import InputError
+
+SHARED_FROM = 20_000  # texts; starting processes to normalise fewer takes longer than doing it here
+
+
+class _Row(NamedTuple):
+    table: Path
+    image_path: str
+    text: str
 
 
 @dataclass(frozen=True)
@@ -38,23 +49,26 @@ class Csv2JsonResult:
 
 
 def csv2json(
-    csv: Path,
+    csv: Path | list[Path],
     train_json: Path,
     val_json: Path,
     *,
     val_size: int | float = 0.05,
+    normalize: Literal[0, 1, 2] | None = None,
     seed: int = 42,
 ) -> Csv2JsonResult:
-    """Split data.csv into train.json and val.json in the tutorial's conversation format.
+    """Split one or more tables like data.csv into train.json and val.json in the tutorial's conversation format.
 
     The split is random by seed. Rows whose formulas are equal but for spaces and redundant braces stay on one
     side, so validation may get a few rows fewer than asked for, never more unless a single formula fills it.
 
     Args:
-        csv: table with the columns image_path and text; paths are relative to its folder.
+        csv: tables with the columns image_path and text; paths are relative to each table's folder.
         train_json: file for the training records; its paths are relative to its own folder.
         val_json: file for the validation records.
         val_size: rows for validation, as a count (200) or a fraction (0.05); 0 for none.
+        normalize: write the texts in canonical spelling at this level of `latexocr.metrics.normalize`, so that a model
+            need not guess which of several spellings is meant; left out, they stay as they are.
         seed: another seed gives another split.
 
     Returns:
@@ -63,19 +77,23 @@ def csv2json(
     Raises:
         InputError: a missing file, column or image, a blank text, or a val_size that leaves no training rows.
     """
-    csv, train_json, val_json = Path(csv), Path(train_json), Path(val_json)
-    if len({file.absolute() for file in (csv, train_json, val_json)}) < 3:
-        raise InputError(f"{train_json}: the table, train and validation need three files")
-    rows = _read_rows(csv)
+    tables = [Path(table) for table in (csv if isinstance(csv, list | tuple) else [csv])]
+    train_json, val_json = Path(train_json), Path(val_json)
+    if len({file.absolute() for file in (*tables, train_json, val_json)}) < len(tables) + 2:
+        raise InputError(f"{train_json}: each table, train and validation all need files of their own")
+    rows = [row for table in tables for row in _read_rows(table)]
+    if normalize is not None:
+        texts = _normalized([row.text for row in rows], normalize)
+        rows = [row._replace(text=text) for row, text in zip(rows, texts, strict=True)]
     num_val = _num_val(val_size, len(rows))
-    formulas = _group_by_formula([text for _, text in rows])
+    formulas = _group_by_formula([row.text for row in rows])
     chosen = _choose(formulas, num_val, seed)
     val_rows = {row for formula in chosen for row in formulas[formula]}
     train = [row for row in range(len(rows)) if row not in val_rows]
     _write_both(
         {
-            train_json: _records(rows, train, csv, train_json),
-            val_json: _records(rows, sorted(val_rows), csv, val_json),
+            train_json: _records(rows, train, train_json),
+            val_json: _records(rows, sorted(val_rows), val_json),
         }
     )
     return Csv2JsonResult(
@@ -83,8 +101,8 @@ def csv2json(
     )
 
 
-def _read_rows(file: Path) -> list[tuple[str, str]]:
-    """(image_path, text) of every row, each checked; `nan` and `NA` are texts here, so no pandas."""
+def _read_rows(file: Path) -> list[_Row]:
+    """Every row, checked; `nan` and `NA` are texts here, so no pandas."""
     from latexocr.sources import csv_records
 
     if not file.is_file():
@@ -103,7 +121,7 @@ def _read_rows(file: Path) -> list[tuple[str, str]]:
             raise InputError(f"{where}: no such image under {file.parent}; mend or remove the row")
         if image.stat().st_size == 0:
             raise InputError(f"{where}: the image file is empty; mend or remove the row")
-        rows.append((image_path, text))
+        rows.append(_Row(file, image_path, text))
     if not rows:
         raise InputError(f"{file}: no rows")
     return rows
@@ -124,14 +142,25 @@ def _num_val(val_size: int | float, num_rows: int) -> int:
 
 def _group_by_formula(texts: list[str]) -> dict[str, list[int]]:
     """Canonical formula -> its rows."""
+    groups: dict[str, list[int]] = {}
+    for row, formula in enumerate(_normalized(texts, 1)):
+        groups.setdefault(formula, []).append(row)
+    return groups
+
+
+def _normalized(texts: Sequence[str], level: int) -> list[str]:
+    """All texts in canonical spelling; many are shared among the cores."""
+    from concurrent.futures import ProcessPoolExecutor
+
     from tqdm.auto import tqdm
 
     from latexocr.metrics import normalize
 
-    groups: dict[str, list[int]] = {}
-    for row, text in enumerate(tqdm(texts, unit="row", desc="csv2json")):
-        groups.setdefault(normalize(text, level=1), []).append(row)
-    return groups
+    bar = partial(tqdm, total=len(texts), unit="row", desc="csv2json")
+    if len(texts) < SHARED_FROM:
+        return [normalize(text, level=level) for text in bar(texts)]
+    with ProcessPoolExecutor() as pool:
+        return list(bar(pool.map(partial(normalize, level=level), texts, chunksize=1000)))
 
 
 def _choose(groups: dict[str, list[int]], num_val: int, seed: int) -> list[str]:
@@ -150,16 +179,23 @@ def _choose(groups: dict[str, list[int]], num_val: int, seed: int) -> list[str]:
     return chosen or [min(order, key=lambda formula: len(groups[formula]))]
 
 
-def _records(rows: list[tuple[str, str]], numbers: list[int], csv: Path, target: Path) -> list[dict]:
-    """The tutorial's records; an id tells the row of the CSV (identity_1 is the first) on both sides."""
+def _records(rows: list[_Row], numbers: list[int], target: Path) -> list[dict]:
+    """The tutorial's records; an id tells the row of the tables (identity_1 is the first) on both sides."""
     # realpath: `../images` out of a linked folder leads elsewhere than the link's own parent.
-    to_csv = os.path.relpath(os.path.realpath(csv.parent), os.path.realpath(target.parent))
+    folder = os.path.realpath(target.parent)
+    to_table = {
+        table: os.path.relpath(os.path.realpath(table.parent), folder) for table in {row.table for row in rows}
+    }
+
+    def relative(row: _Row) -> str:
+        return Path(os.path.normpath(Path(to_table[row.table]) / row.image_path)).as_posix()
+
     return [
         {
             "id": f"identity_{number + 1}",
             "conversations": [
-                {"role": "user", "value": Path(os.path.normpath(Path(to_csv) / rows[number][0])).as_posix()},
-                {"role": "assistant", "value": rows[number][1]},
+                {"role": "user", "value": relative(rows[number])},
+                {"role": "assistant", "value": rows[number].text},
             ],
         }
         for number in numbers

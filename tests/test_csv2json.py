@@ -46,6 +46,28 @@ def images(records: list[dict]) -> list[str]:
     return [record["conversations"][0]["value"] for record in records]
 
 
+def test_several_tables_and_one_spelling(tmp_path):
+    """Rows of both tables, paths from each one's folder; texts spelled in one way if that is asked for."""
+    tables = [write_csv(tmp_path / "a", ["x^2", "y"]), write_csv(tmp_path / "b", [r"{\frac 1 2}"])]
+    options = {"train_json": tmp_path / "train.json", "val_json": tmp_path / "val.json", "val_size": 0}
+    csv2json(tables, **options)
+    records = json.loads(options["train_json"].read_text("utf-8"))
+    assert images(records) == ["a/0.png", "a/1.png", "b/0.png"]
+    assert [record["id"] for record in records] == ["identity_1", "identity_2", "identity_3"]
+    assert texts(records) == ["x^2", "y", r"{\frac 1 2}"]
+    csv2json(tables, normalize=1, **options)
+    records = json.loads(options["train_json"].read_text("utf-8"))
+    assert texts(records) == ["x ^ { 2 }", "y", r"\frac { 1 } { 2 }"]
+
+
+def test_many_rows_share_the_cores(tmp_path, monkeypatch):
+    table = write_csv(tmp_path, [f"x^{number % 10}" for number in range(50)])
+    alone = split(table, val_size=5)
+    monkeypatch.setattr("latexocr.csv2json.SHARED_FROM", 50)
+    assert split(table, val_size=5) == alone
+    assert len(alone[1]) == 5
+
+
 def test_the_exact_shape_of_the_files(tmp_path):
     table = write_csv(tmp_path, ["\\frac{设}{b}"])
     csv2json(table, tmp_path / "train.json", tmp_path / "val.json", val_size=0)
@@ -235,7 +257,7 @@ def test_output_that_cannot_be_written_leaves_neither_file(tmp_path):
     with pytest.raises(InputError, match=r"val\.json: cannot be written \(Is a directory\)"):
         csv2json(table, tmp_path / "train.json", tmp_path / "val.json")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["data", "file", "val.json"]
-    with pytest.raises(InputError, match="train and validation need three files"):
+    with pytest.raises(InputError, match="train and validation all need files of their own"):
         csv2json(table, tmp_path / "x.json", tmp_path / "x.json")
 
 
