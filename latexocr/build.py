@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import csv
 import json
+import re
+from collections import Counter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +54,14 @@ TINY_TEXT = dict(
     initializer_range=0.1,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
 )  # fmt: skip
+# 11 million parameters with 1,500 tokens. Patches of 5 pixels: a visual token covers about one glyph of print that is
+# 14 pixels high. The decoder is small, so that it looks at the picture instead of learning texts by heart.
+BASE_TEXT = dict(
+    hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+    max_position_embeddings=32768, tie_word_embeddings=True,
+    rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [8, 12, 12]},
+)  # fmt: skip
+BASE_VISION = dict(depth=8, embed_dim=256, num_heads=4, mlp_ratio=4, hidden_size=256, patch_size=5)
 # Shape of Qwen/Qwen2-VL-2B-Instruct, from its published config.json.
 QWEN2_VL_2B_TEXT = dict(
     hidden_size=1536, intermediate_size=8960, num_hidden_layers=28, num_attention_heads=12, num_key_value_heads=2,
@@ -62,6 +72,7 @@ QWEN2_VL_2B_TEXT = dict(
 SHAPES: dict[str, dict[str, tuple[dict, dict]]] = {
     "qwen2_vl": {
         "tiny": (TINY_TEXT, dict(depth=2, embed_dim=64, num_heads=4, mlp_ratio=2, hidden_size=128)),
+        "base": (BASE_TEXT, BASE_VISION),
         "2b": (QWEN2_VL_2B_TEXT, dict(depth=32, embed_dim=1280, num_heads=16, mlp_ratio=4, hidden_size=1536)),
     },
     "qwen2_5_vl": {
@@ -81,7 +92,7 @@ def build(
     *,
     corpus: Path | None = None,
     model_type: str = "qwen2_vl",
-    size: Literal["tiny", "2b"] = "tiny",
+    size: Literal["tiny", "base", "2b"] = "tiny",
     dtype: Literal["float32", "bfloat16"] = "float32",
     seed: int = 0,
 ) -> str:
@@ -89,10 +100,11 @@ def build(
 
     Args:
         output: folder to write; must be new or empty.
-        corpus: formulas that the byte-level BPE tokenizer is trained on (data.csv, metadata.jsonl or one a
-            line; the checkout's bundled sample when left out).
+        corpus: formulas that the tokenizer is made of (data.csv, metadata.jsonl or one a line; the checkout's bundled
+            sample when left out): byte-level BPE, for the base a token for each LaTeX token.
         model_type: architecture: qwen2_vl, qwen2_5_vl or qwen3_vl.
-        size: tiny (under a million parameters, for the CPU) or 2b (the full shape of Qwen2-VL-2B).
+        size: tiny (under a million parameters, for the CPU), base (11 million, to be trained from nothing with
+            `--finetuning full`) or 2b (the full shape of Qwen2-VL-2B).
         dtype: type of the stored weights.
         seed: of the random weights.
 
@@ -109,7 +121,8 @@ def build(
         raise InputError(f"no shape for {model_type} in size {size}; known: {known}")
     if output.exists() and any(output.iterdir()):
         raise InputError(f"{output}: not empty; choose a new folder")
-    tokenizer = build_tokenizer(read_corpus(corpus or BUNDLED_CORPUS))
+    texts = read_corpus(corpus or BUNDLED_CORPUS)
+    tokenizer = build_latex_tokenizer(texts) if size == "base" else build_tokenizer(texts)
     text, vision = SHAPES[model_type][size]
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
     config = AutoConfig.for_model(
@@ -124,7 +137,7 @@ def build(
         tie_word_embeddings=text["tie_word_embeddings"],
     )  # fmt: skip
     set_seed(seed)
-    device = "cuda" if size != "tiny" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if size == "2b" and torch.cuda.is_available() else "cpu"
     with torch.device(device):
         model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
     with no_progress_bars():
@@ -137,7 +150,6 @@ def build(
 def build_tokenizer(texts: list[str], vocab_size: int = 1024) -> Any:
     """A byte-level BPE tokenizer with Qwen's special tokens and chat template, trained on records of `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -149,6 +161,49 @@ def build_tokenizer(texts: list[str], vocab_size: int = 1024) -> Any:
         show_progress=False,
     )
     bpe.train_from_iterator((part for text in texts for part in (*TEMPLATE_WORDS, text)), trainer)
+    return _chat_tokenizer(bpe)
+
+
+def build_latex_tokenizer(texts: list[str], *, least: int = 3) -> Any:
+    r"""A tokenizer of LaTeX tokens, with the blank before them or without: `\frac`, `\begin{matrix}`, `x`.
+
+    Why: the answer is as short as it can be, and no token of a command is shared with another command. Whatever is
+    not a token is spelled in bytes, so every text can be written.
+
+    Args:
+        texts: a LaTeX token that occurs in them becomes a token,
+        least: if it occurs at least so often.
+    """
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+
+    from latexocr.metrics import normalize
+
+    counts = Counter(token for text in texts for token in normalize(text, level=1).split())
+    words = [token for token, count in counts.most_common() if count >= least]
+    words += [word for words_said in TEMPLATE_WORDS for word in re.findall(r" ?[A-Za-z]+|[^A-Za-z]", words_said)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    spelled = [_in_bytes(form) for word in words for form in (word, f" {word.lstrip()}")]
+    vocabulary = list(dict.fromkeys([*SPECIAL_TOKENS, *alphabet, *spelled]))
+    # ignore_merges: what the expression below cuts out is one token if it is in the vocabulary, else its bytes
+    bpe = Tokenizer(models.BPE({token: at for at, token in enumerate(vocabulary)}, [], ignore_merges=True))
+    pieces = r" ?\\(begin|end) ?\{[a-z]+\*?\}| ?\\[A-Za-z]+| ?\\.| ?[A-Za-z]{2,}| ?\S|\s"
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pieces), "isolated"), pre_tokenizers.ByteLevel(False, use_regex=False)]
+    )
+    bpe.decoder = decoders.ByteLevel()
+    return _chat_tokenizer(bpe)
+
+
+def _in_bytes(text: str) -> str:
+    """As the byte-level alphabet writes it: a blank is `Ġ`."""
+    from tokenizers import pre_tokenizers
+
+    return pre_tokenizers.ByteLevel(False, use_regex=False).pre_tokenize_str(text)[0][0]
+
+
+def _chat_tokenizer(bpe: Any) -> Any:
+    from transformers import PreTrainedTokenizerFast
+
     return PreTrainedTokenizerFast(
         tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
         extra_special_tokens=list(SPECIAL_TOKENS), chat_template=CHAT_TEMPLATE, model_max_length=32768,
