@@ -144,7 +144,43 @@ def _placeholder_masks(
     config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(batch, length, 1) twice: where image features and where video features belong."""
-    return tuple((input_ids == token)[..., None] for token in (config.image_token_id, config.video_token_id))
+    tokens = (config.image_token_id, config.video_token_id)
+    return tuple((input_ids == token)[..., None].as_subclass(PlaceholderMask) for token in tokens)
+
+
+class PlaceholderMask(torch.Tensor):
+    """A mask whose `embeddings.masked_scatter(mask, features)` can be differentiated without waiting for the GPU.
+
+    PyTorch (2.15) selects the gradient of the features by the mask, and asks the GPU how many there are: a step that
+    trains the vision tower could not be captured as a CUDA graph.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.Tensor.masked_scatter:
+                return _Placed.apply(*args)
+            return function(*args, **(kwargs or {}))
+
+
+class _Placed(torch.autograd.Function):
+    """`torch.Tensor.masked_scatter` for whole rows."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings (batch, length, width) with features (at least as many rows as places, width) in the places of
+        the mask (batch, length, 1)."""
+        ctx.save_for_backward(mask)
+        ctx.num_features = len(features)
+        return embeddings.masked_scatter(mask, features)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        (mask,) = ctx.saved_tensors
+        numbers = torch.arange(1, ctx.num_features + 1, device=grad.device)
+        places = torch.searchsorted(mask.flatten().cumsum(0), numbers)  # beyond the end for features without a place
+        rows = torch.nn.functional.pad(grad.flatten(0, 1), (0, 0, 0, 1))
+        return grad.masked_fill(mask, 0), None, rows[places]
 
 
 class PatchEmbedding(torch.nn.Conv3d):

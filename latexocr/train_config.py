@@ -76,7 +76,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.fused_layers is None:
             self.fused_layers = on_gpu and kernels_available()
         if self.fused_loss is None:
-            self.fused_loss = not sharded
+            self.fused_loss = not sharded and self.finetuning == "lora"  # a trained head needs a gradient
         if self.fused_lora is None:
             self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
             self.fused_lora = self.fused_lora and self.finetuning == "lora"
@@ -104,8 +104,9 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("init_from_config makes random weights: nothing to adapt; add --finetuning full")
         if not 0 <= self.token_corruption < 1:
             raise InputError(f"token_corruption is {self.token_corruption}, needs a share from 0 to below 1")
-        if self.finetuning == "full" and self.fused_lora:
-            raise InputError("fused_lora has no effect with --finetuning full: leave it out")
+        for name in ("fused_loss", "fused_lora"):
+            if getattr(self, name) and self.finetuning == "full":
+                raise InputError(f"{name} needs frozen weights, --finetuning full trains them: leave it out")
         if self.early_stopping_patience is not None and not self.val_json:
             raise InputError("early_stopping_patience needs a val_json to watch")
         if self.eval_strategy not in (None, "no") and not self.val_json:

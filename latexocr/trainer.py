@@ -282,7 +282,7 @@ class FormulaTrainer(Trainer):
             metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
         rows = spread(len(dataset), self.args.eval_generate_samples)
         if rows:
-            with self._as_for_inference(STOCK):
+            with self._as_for_inference(STOCK), without_autocast(inner_model(self.model)):
                 answers = self._generate_rows(dataset, rows)
             scores = self._scores(dataset, answers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
@@ -437,6 +437,18 @@ class FormulaTrainer(Trainer):
         if evaluations:
             training["evaluation"] = evaluations[-1]
         return replace(self.contract, training=training)
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """`model` computes in the type of its weights, as the decoder's memory needs it; accelerate has put a `forward`
+    under autocast in its place."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def validation_file(output_dir: Path, step: int) -> Path:

@@ -6,12 +6,11 @@ import json
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file
 
 from latexocr.errors import InputError
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import load_base
+from latexocr.modeling import PlaceholderMask, load_base
 from latexocr.train import train
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json",
@@ -35,14 +34,14 @@ def logged(result, key: str = "loss") -> list[float]:
 def test_every_weight_moves_and_the_result_is_an_ordinary_checkpoint(full, tiny, tmp_path):
     result = train(full(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2))  # seen in 16 bits
     assert result.adapter_dir == tmp_path / "run/model"
-    assert MODEL_FILES <= {path.name for path in result.adapter_dir.iterdir()}
-    assert MODEL_FILES <= {path.name for path in (tmp_path / "run/checkpoint-1").iterdir()}
+    for folder in (result.adapter_dir, tmp_path / "run/checkpoint-1"):
+        assert {path.name for path in folder.iterdir()} >= MODEL_FILES
     before, after = load_file(tiny / "model.safetensors"), load_file(result.adapter_dir / "model.safetensors")
     assert before.keys() == after.keys()  # the hub's names
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
     assert [name for name in after if torch.equal(before[name].bfloat16(), after[name])] == []
-    with safe_open(tmp_path / "run/checkpoint-1/model.safetensors", framework="pt") as file:
-        assert {file.get_tensor(name).dtype for name in file.keys()} == {torch.float32}
+    resumable = load_file(tmp_path / "run/checkpoint-1/model.safetensors")
+    assert {value.dtype for value in resumable.values()} == {torch.float32}
     from transformers import AutoModelForImageTextToText
 
     assert AutoModelForImageTextToText.from_pretrained(result.adapter_dir, dtype="auto").dtype == torch.bfloat16
@@ -62,7 +61,7 @@ def test_resumed_equals_uninterrupted(full, records, tmp_path):
     )
     assert logged(resumed) == logged(whole) and logged(resumed, "eval_loss") == logged(whole, "eval_loss")
     assert (resumed.adapter_dir / "model.safetensors").read_bytes() == weights
-    with pytest.raises(InputError, match="no adapter_model.safetensors, so not a checkpoint of --finetuning lora"):
+    with pytest.raises(InputError, match=r"no adapter_model\.safetensors, so not a checkpoint of --finetuning lora"):
         train(full(finetuning="lora", output_dir=str(tmp_path / "whole"),
                    resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4")))  # fmt: skip
 
@@ -102,3 +101,15 @@ def test_a_trained_model_is_the_base_of_the_next_training(full, tiny, tmp_path):
                        finetuning="lora"))  # fmt: skip
     contract = json.loads((third.adapter_dir / "latexocr.json").read_text())
     assert contract["base_model"] == str(second.adapter_dir) and third.adapter_dir.name == "adapter"
+
+
+def test_features_in_their_places_and_their_gradients():
+    """Two places for three features: the third has none, and gets no gradient; the others get that of their place."""
+    embeddings = torch.zeros(1, 4, 2, requires_grad=True)
+    features = torch.tensor([[1.0, 2], [3, 4], [5, 6]], requires_grad=True)
+    mask = torch.tensor([False, True, False, True])[None, :, None].as_subclass(PlaceholderMask)
+    placed = embeddings.masked_scatter(mask, features)
+    assert type(placed) is torch.Tensor and placed.tolist() == [[[0, 0], [1, 2], [0, 0], [3, 4]]]
+    (placed * torch.tensor([[1.0], [2], [3], [4]])).sum().backward()
+    assert features.grad.tolist() == [[2, 2], [4, 4], [0, 0]]
+    assert embeddings.grad.tolist() == [[[1, 1], [0, 0], [3, 3], [0, 0]]]
