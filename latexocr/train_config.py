@@ -94,8 +94,12 @@ class TrainConfig(TrainOptions, TrainingArguments):
     def _check_vision_cache(self) -> None:
         if not self.cache_vision_features:
             return
-        if self.finetuning == "full" or {"vision", "merger"} & set(self.lora_components):
-            raise InputError("cache_vision_features needs a frozen vision tower, but this training changes it")
+        if self.finetuning == "full":
+            raise InputError("cache_vision_features needs a frozen vision tower, but --finetuning full trains it")
+        if {"vision", "merger"} & set(self.lora_components):
+            raise InputError(
+                "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
+            )
         if self.augment:
             raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
 

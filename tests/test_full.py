@@ -6,12 +6,18 @@ import json
 
 import pytest
 import torch
+from conftest import SAMPLE
 from safetensors.torch import load_file
 
 from latexocr.errors import InputError
+from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
 from latexocr.modeling import PlaceholderMask, load_base
-from latexocr.train import train
+from latexocr.predict import LatexOCR
+from latexocr.preprocess import FormulaDataset, Variation
+from latexocr.records import Record
+from latexocr.train import load_preprocessor, train
+from latexocr.trainer import FormulaTrainer
 
 MODEL_FILES = {"config.json", "generation_config.json", "model.safetensors", "processor_config.json",
                "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "latexocr.json"}  # fmt: skip
@@ -113,3 +119,80 @@ def test_features_in_their_places_and_their_gradients():
     (placed * torch.tensor([[1.0], [2], [3], [4]])).sum().backward()
     assert features.grad.tolist() == [[2, 2], [4, 4], [0, 0]]
     assert embeddings.grad.tolist() == [[[1, 1], [0, 0], [3, 3], [0, 0]]]
+
+
+def test_corrupted_tokens_are_shown_and_not_asked_for(config, tiny):
+    """Half of what the decoder is shown of an answer is wrong, in other places in every epoch; labels, prompt and end
+    token stay; half of a long answer, so a count far from half is a mistake."""
+    _, preprocessor = load_preprocessor(config())
+    record = Record("1", SAMPLE / "images/000000.png", "x + " * 100 + "y", "record 1")
+    (answer,) = preprocessor.answers([record.text], [None])
+    dataset = FormulaDataset([record] * 2, preprocessor, variation=Variation(token_corruption=0.5, seed=7))
+    first, again = dataset[0], dataset[0]
+    plain = FormulaDataset([record], preprocessor)[0]
+    shown = first["input_ids"][-len(answer) :]
+    wrong = shown != torch.tensor(answer)
+    assert 0.35 * len(answer) < wrong.sum() < 0.65 * len(answer) and not wrong[-1]
+    assert torch.equal(first["labels"], plain["labels"]) and torch.equal(first["pixel_values"], plain["pixel_values"])
+    assert torch.equal(first["input_ids"][: -len(answer)], plain["input_ids"][: -len(answer)])
+    assert set(shown.tolist()).isdisjoint(preprocessor._special_ids - set(answer))
+    assert torch.equal(first["input_ids"], again["input_ids"])
+    assert not torch.equal(first["input_ids"], dataset[1]["input_ids"])
+    dataset.set_epoch(1)
+    assert not torch.equal(first["input_ids"], dataset[0]["input_ids"])
+
+
+@pytest.mark.slow
+def test_variations_do_not_depend_on_the_number_of_workers(full, tmp_path):
+    """Two epochs with workers that live as long as the run and without any: the same losses."""
+    options = dict(token_corruption=0.5, max_steps=-1, num_train_epochs=2)
+    without = train(full(output_dir=str(tmp_path / "0"), **options))
+    with_two = train(full(output_dir=str(tmp_path / "2"), dataloader_num_workers=2, dataloader_persistent_workers=True,
+                          **options))  # fmt: skip
+    assert len(logged(without)) == 6 and logged(with_two) == pytest.approx(logged(without), rel=1e-6)
+    usual = train(full(output_dir=str(tmp_path / "usual"), **{**options, "token_corruption": 0.0}))
+    assert logged(usual)[0] != pytest.approx(logged(without)[0], rel=1e-4)
+
+
+def test_whole_models_are_taken_where_models_are(full, records, tmp_path):
+    """Evaluated and asked; merge says that there is nothing to merge."""
+    result = train(full(max_steps=1))
+    picture = SAMPLE / "images/000000.png"
+    assert isinstance(LatexOCR.from_pretrained(result.adapter_dir)(picture, max_new_tokens=4), str)
+    with pytest.raises(InputError, match=r"model: no adapter_config\.json, .* \(a whole model, which --model takes"):
+        merge(result.adapter_dir, tmp_path / "merged")
+
+
+def test_only_matrices_decay(tiny_models):
+    """`norm1` of Qwen2.5-VL's vision tower is a norm that stock Trainer lets decay."""
+    model = load_base(tiny_models["qwen2_5_vl"], dtype=torch.float32)
+    decaying = set(FormulaTrainer.get_decay_parameter_names(None, model))
+    assert {"model.visual.patch_embed.proj.weight", "model.visual.blocks.0.attn.qkv.weight"} < decaying
+    kept = {
+        "model.visual.blocks.0.norm1.weight",
+        "model.visual.blocks.0.attn.qkv.bias",
+        "model.language_model.norm.weight",
+    }
+    assert kept < {name for name, _ in model.named_parameters()} and kept.isdisjoint(decaying)
+
+
+def test_bfloat16_arithmetic_keeps_float32_weights(full, records, tmp_path):
+    """On the CPU under autocast: losses near those in float32, checkpoints in float32, answers generated."""
+    options = dict(val_json=str(records["val"]), eval_strategy="steps", eval_steps=3, save_strategy="steps",
+                   save_steps=3, eval_generate_samples=2, max_new_tokens=2)  # fmt: skip
+    exact = train(full(output_dir=str(tmp_path / "32"), **options))
+    rounded = train(full(output_dir=str(tmp_path / "16"), bf16=True, **options))
+    assert logged(rounded) == pytest.approx(logged(exact), rel=5e-3) and logged(rounded) != logged(exact)
+    weights = load_file(tmp_path / "16/checkpoint-3/model.safetensors")
+    assert {value.dtype for value in weights.values()} == {torch.float32}
+    assert any(not torch.equal(value, value.bfloat16().float()) for value in weights.values())
+
+
+def test_options_that_do_not_go_together(full):
+    for options, message in (
+        ({"cache_vision_features": True}, "needs a frozen vision tower"),
+        ({"fused_lora": True}, "fused_lora needs frozen weights"),
+        ({"token_corruption": 1.0}, "needs a share from 0 to below 1"),
+    ):
+        with pytest.raises(InputError, match=message):
+            full(**options)
