@@ -77,6 +77,9 @@ class TrainOptions:
     fused_loss: bool | None = option(None, "loss without holding all logits (default: weights not sharded)")
     fused_lora: bool | None = option(None, "adapters in kernels of our own (default: bfloat16 on a GPU, not sharded)")
     cuda_graphs: bool | None = option(None, "replay steps as CUDA graphs (default: with fused_lora, or full in bf16)")
+    average_weights: float | None = option(
+        None, "validate and keep a moving average of the weights with this decay, such as 0.999 (default: none)"
+    )
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
 

@@ -108,6 +108,10 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("init_from_config makes random weights: nothing to adapt; add --finetuning full")
         if not 0 <= self.token_corruption < 1:
             raise InputError(f"token_corruption is {self.token_corruption}, needs a share from 0 to below 1")
+        if self.average_weights is not None and not 0 < self.average_weights < 1:
+            raise InputError(
+                f"average_weights is {self.average_weights}, needs a decay between 0 and 1, such as 0.999"
+            )
         for name in ("fused_loss", "fused_lora"):
             if getattr(self, name) and self.finetuning == "full":
                 raise InputError(f"{name} needs frozen weights, --finetuning full trains them: leave it out")
@@ -188,7 +192,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
         if self.cuda_graphs and not (on_gpu and self.flatten and self.bf16 and self.no_random_state):
             raise InputError("cuda_graphs needs a GPU, flatten, bf16, and fused_lora or full; leave it out")
-        for name in ("fused_loss", "fused_lora", "cuda_graphs"):
+        for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights"):
             if getattr(self, name) and sharded:
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
 

@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from latexocr.attention import VARLEN, set_attention
+from latexocr.averaging import WeightAverage
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
@@ -89,6 +90,7 @@ class FormulaTrainer(Trainer):
             # Not wrapped in DDP, whose hooks hold on to the graph's nodes: one all-reduce follows the replay.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._gradients: GradientBuffer | None = None
+        self._average = WeightAverage(self.model, self.args.average_weights) if self.args.average_weights else None
         self._micro_batch = 0
         if self.args.flatten:
             set_attention(self.model, VARLEN)
@@ -187,6 +189,11 @@ class FormulaTrainer(Trainer):
         # logged losses are averaged over the ranks
         return loss * self.args.world_size if self.args.average_tokens_across_devices else loss
 
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        if self._gradients is None:
+            return super()._clip_grad_norm(model)
+        return self._gradients.clip(self.args.max_grad_norm)
+
     def _dropout_seed(self) -> int:
         """Another one for every micro-batch and rank of the run; the same again when the run is resumed."""
         numbers = (self.args.seed, self.state.global_step, self._micro_batch, self.args.process_index)
@@ -278,12 +285,13 @@ class FormulaTrainer(Trainer):
         """Loss over all validation rows, generation over evenly spaced ones; the same numbers on every rank."""
         dataset: FormulaDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         started = time.perf_counter()
-        with self._as_for_inference(VARLEN if self.args.flatten else STOCK):
-            metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
         rows = spread(len(dataset), self.args.eval_generate_samples)
-        if rows:
+        with self._average.applied() if self._average else nullcontext():
+            with self._as_for_inference(VARLEN if self.args.flatten else STOCK):
+                metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
             with self._as_for_inference(STOCK), without_autocast(inner_model(self.model)):
-                answers = self._generate_rows(dataset, rows)
+                answers = self._generate_rows(dataset, rows) if rows else {}
+        if rows:
             scores = self._scores(dataset, answers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             self._show_board(dataset, rows, answers)
@@ -397,21 +405,39 @@ class FormulaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Adds the losses since the last log line, so that a resumed run logs what an uninterrupted one does."""
         loss_sum = float(self.accelerator.reduce(self._tr_loss.clone(), reduction="mean"))
+        if self._average:
+            self._average.restore()  # a signal has come in the middle of a validation
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             meter = {"loss_sum": loss_sum, "since_step": self._globalstep_last_logged}
             write_text(folder / LOSS_METER, json.dumps(meter) + "\n")
+            if self._average:
+                self._average.save(folder)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self._resumed_from, self._weights_step = resume_from_checkpoint, None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._weights_step = self.state.best_global_step  # the weights are the best checkpoint's now
+        if self._average:
+            self._average.apply()
         return output
 
-    def restore_loss_meter(self) -> None:
-        """Called when training begins, after stock Trainer has set the meter to zero."""
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._average:
+            self._average.load(Path(self.state.best_model_checkpoint))
+
+    def update_average(self) -> None:
+        """Called after every step."""
+        if self._average:
+            self._average.update(self.state.global_step)
+
+    def restore_from_checkpoint(self) -> None:
+        """Called when training begins, after stock Trainer has loaded the weights and set the loss meter to zero."""
+        if self._average:
+            self._average.load(Path(self._resumed_from) if self._resumed_from else None)
         path = Path(self._resumed_from or "") / LOSS_METER
         if self._resumed_from and path.is_file():
             meter = json.loads(path.read_text(encoding="utf-8"))
@@ -476,14 +502,17 @@ def check_fsdp(fsdp_plugin: Any) -> None:
 
 
 class _Repeatable(TrainerCallback):
-    """What a run needs to repeat itself exactly: the loss meter, and the epoch of sampler and data (accelerate's
-    wrappers forward `set_epoch` only in some versions)."""
+    """What a run needs to repeat itself exactly: the loss meter, the weights' average, and the epoch of sampler and
+    data (accelerate's wrappers forward `set_epoch` only in some versions)."""
 
     def __init__(self, trainer: FormulaTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.restore_loss_meter()
+        self.trainer.restore_from_checkpoint()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.update_average()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         epoch = int((state.epoch or 0) + 1e-6)

@@ -13,7 +13,7 @@ LAYERS = (
     {"latexocr", "errors"},
     {"sandbox", "dvi", "tracking_worker", "evaluation"},
     {"pictures", "likeness", "sources", "config", "console", "stopping"},
-    {"metrics", "metrics_file", "kernels", "graphs", "memory"},
+    {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory"},
     {"augment", "images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families"},
     {"render", "contract", "attention", "lora"},
     {"layers", "page"},
