@@ -12,6 +12,7 @@ import json
 import logging
 import math
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass
@@ -357,7 +358,24 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
         height=config.image_height,
         width=config.image_width,
     )
+    _warn_of_other_pictures(base_folder, policy, config.prompt)
     return base_folder, Preprocessor(processor, family, policy, config.prompt)
+
+
+def _warn_of_other_pictures(base_folder: Path, policy: ImagePolicy, prompt: str) -> None:
+    """A base that this library trained knows one prompt and one size of pictures."""
+    known = Contract.load(base_folder)
+    if known is None:
+        return
+    pairs = {
+        "prompt": (known.prompt, prompt),
+        "image_mode": (known.image_policy.mode, policy.mode),
+        "min_visual_tokens": (known.image_policy.min_visual_tokens, policy.min_visual_tokens),
+        "max_visual_tokens": (known.image_policy.max_visual_tokens, policy.max_visual_tokens),
+    }
+    flags = [f"--{name} {shlex.quote(str(before))}" for name, (before, now) in pairs.items() if before != now]
+    if flags:
+        logger.warning(f"{base_folder}: was trained with {' '.join(flags)}; this run with others, which it must learn")
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:

@@ -46,9 +46,7 @@ def test_the_average_is_validated_kept_and_resumed(finetuning, config, records, 
     )
     assert torch.equal(of_average.to(of_kept.dtype), of_kept) and not torch.equal(of_average, of_raw)
     resumed = train(config(**{**options, "resume_from_checkpoint": str(tmp_path / "run/checkpoint-4")}))
-    rows = {step: row["eval_loss"] for row in read_metrics(tmp_path / "run") if "eval_loss" in row
-            for step in [row["step"]]}  # fmt: skip
-    assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"] and len(rows) == 3
+    assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
     assert all(torch.equal(value, kept[key]) for key, value in load_file(resumed.adapter_dir / name).items())
 
 

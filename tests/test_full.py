@@ -196,3 +196,11 @@ def test_options_that_do_not_go_together(full):
     ):
         with pytest.raises(InputError, match=message):
             full(**options)
+
+
+def test_a_base_that_knows_other_pictures(full, caplog, tmp_path):
+    first = train(full(output_dir=str(tmp_path / "1"), max_steps=1, min_visual_tokens=16, prompt="Read it."))
+    load_preprocessor(full(model_name_or_path=str(first.adapter_dir), min_visual_tokens=16, prompt="Read it."))
+    assert "was trained with" not in caplog.text
+    load_preprocessor(full(model_name_or_path=str(first.adapter_dir)))
+    assert "was trained with --prompt 'Read it.' --min_visual_tokens 16; this run with others" in caplog.text
