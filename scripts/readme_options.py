@@ -46,7 +46,7 @@ CHINESE = {
     "scale: the update is multiplied by lora_alpha / lora_r": "缩放：更新量乘以 lora_alpha / lora_r",
     "dropout before the adapter": "适配器之前的 dropout",
     "which parts get adapters: language, vision, merger": "给哪些部分加适配器：language、vision、merger",
-    "share of answer tokens that the decoder is shown wrong in training": "训练时给解码器看的答案 token 中换成错误的比例",
+    "share of answer tokens that the decoder is shown wrong in training": "训练时解码器看到的错误答案 token 的比例",
     "style in which each training picture is varied anew in every epoch": "每轮训练以何种风格重新变换每张图片",
     "passes over the training records": "训练数据遍历几遍",
     "samples a device and micro-batch": "每张卡每个微批的样本数",
