@@ -40,6 +40,12 @@ class GradientBuffer:
             for parameter, view in zip(self.parameters, self._views, strict=True):
                 parameter.grad = view
 
+    def clip(self, max_norm: float) -> torch.Tensor:
+        """`torch.nn.utils.clip_grad_norm_` of all of them, in a few kernels instead of a few for each."""
+        norm = torch.linalg.vector_norm(self.flat)
+        self.flat.mul_((max_norm / (norm + 1e-6)).clamp(max=1))
+        return norm
+
 
 class StepGraphs:
     """Runs `compute` and its backward pass: the first micro-batch as it is, all others as graphs, one a shape.

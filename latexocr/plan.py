@@ -269,7 +269,9 @@ def advise(trials: Sequence[Trial], total: float, training: Selection, config: T
         f"--max_length {bound} instead of {longest[-1]} at most drops {(longest > bound).sum()} of {len(longest):,} "
         "records",
         f"--max_visual_tokens {images // 2} halves the largest picture ({images} tokens)",
-        f"--lora_r {max(1, config.lora_r // 2)} instead of {config.lora_r} halves the adapter and its optimiser state",
+        f"--lora_r {max(1, config.lora_r // 2)} instead of {config.lora_r} halves the adapter and its optimiser state"
+        if config.finetuning == "lora"
+        else "--finetuning lora keeps one copy of the weights instead of four",
     ]
 
 

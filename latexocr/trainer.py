@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from latexocr.attention import VARLEN, set_attention
+from latexocr.averaging import WeightAverage
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
@@ -39,7 +40,7 @@ from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
-from latexocr.modeling import inner_model, trusted_placeholders
+from latexocr.modeling import inner_model, save_for_training, save_for_use, trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
@@ -47,6 +48,7 @@ from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
 LOSS_METER = "loss_meter.json"
+FINAL = {"lora": "adapter", "full": "model"}  # folder of what a training is for
 STOCK = "sdpa"  # attention for padded batches and for a growing cache
 Collate = Callable[[list[dict]], dict[str, Any]]
 
@@ -88,6 +90,7 @@ class FormulaTrainer(Trainer):
             # Not wrapped in DDP, whose hooks hold on to the graph's nodes: one all-reduce follows the replay.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._gradients: GradientBuffer | None = None
+        self._average = WeightAverage(self.model, self.args.average_weights) if self.args.average_weights else None
         self._micro_batch = 0
         if self.args.flatten:
             set_attention(self.model, VARLEN)
@@ -108,6 +111,11 @@ class FormulaTrainer(Trainer):
         self.add_callback(_NoInputGradients(self))
 
     # training
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Weights decay, biases and norms do not: told by their shape, because stock Trainer goes by names and
+        misses some (`norm1` of Qwen2.5-VL's vision tower)."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
     def _get_train_sampler(self, train_dataset: FormulaDataset | None = None) -> EpochSampler:
         self._sampler = EpochSampler(
@@ -183,6 +191,11 @@ class FormulaTrainer(Trainer):
                 self._gradients.flat /= self.args.world_size
         # logged losses are averaged over the ranks
         return loss * self.args.world_size if self.args.average_tokens_across_devices else loss
+
+    def _clip_grad_norm(self, model: Any) -> torch.Tensor:
+        if self._gradients is None:
+            return super()._clip_grad_norm(model)
+        return self._gradients.clip(self.args.max_grad_norm)
 
     def _dropout_seed(self) -> int:
         """Another one for every micro-batch and rank of the run; the same again when the run is resumed."""
@@ -275,12 +288,13 @@ class FormulaTrainer(Trainer):
         """Loss over all validation rows, generation over evenly spaced ones; the same numbers on every rank."""
         dataset: FormulaDataset = eval_dataset if eval_dataset is not None else self.eval_dataset
         started = time.perf_counter()
-        with self._as_for_inference(VARLEN if self.args.flatten else STOCK):
-            metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
         rows = spread(len(dataset), self.args.eval_generate_samples)
+        with self._average.applied() if self._average else nullcontext():
+            with self._as_for_inference(VARLEN if self.args.flatten else STOCK):
+                metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
+            with self._as_for_inference(STOCK), without_autocast(inner_model(self.model)):
+                answers = self._generate_rows(dataset, rows) if rows else {}
         if rows:
-            with self._as_for_inference(STOCK):
-                answers = self._generate_rows(dataset, rows)
             scores = self._scores(dataset, answers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
             self._show_board(dataset, rows, answers)
@@ -394,21 +408,39 @@ class FormulaTrainer(Trainer):
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         """Adds the losses since the last log line, so that a resumed run logs what an uninterrupted one does."""
         loss_sum = float(self.accelerator.reduce(self._tr_loss.clone(), reduction="mean"))
+        if self._average:
+            self._average.restore()  # a signal has come in the middle of a validation
         super()._save_checkpoint(model, trial)
         if self.args.should_save:
             folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             meter = {"loss_sum": loss_sum, "since_step": self._globalstep_last_logged}
             write_text(folder / LOSS_METER, json.dumps(meter) + "\n")
+            if self._average:
+                self._average.save(folder)
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self._resumed_from, self._weights_step = resume_from_checkpoint, None
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._weights_step = self.state.best_global_step  # the weights are the best checkpoint's now
+        if self._average:
+            self._average.apply()
         return output
 
-    def restore_loss_meter(self) -> None:
-        """Called when training begins, after stock Trainer has set the meter to zero."""
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        if self._average:
+            self._average.load(Path(self.state.best_model_checkpoint))
+
+    def update_average(self) -> None:
+        """Called after every step."""
+        if self._average:
+            self._average.update(self.state.global_step)
+
+    def restore_from_checkpoint(self) -> None:
+        """Called when training begins, after stock Trainer has loaded the weights and set the loss meter to zero."""
+        if self._average:
+            self._average.load(Path(self._resumed_from) if self._resumed_from else None)
         path = Path(self._resumed_from or "") / LOSS_METER
         if self._resumed_from and path.is_file():
             meter = json.loads(path.read_text(encoding="utf-8"))
@@ -416,9 +448,15 @@ class FormulaTrainer(Trainer):
             self._globalstep_last_logged = meter["since_step"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.finetuning == "lora":
+            super()._save(output_dir, state_dict=state_dict)
+        elif self.args.should_save:
+            save = save_for_training if self.is_in_train else save_for_use
+            save(inner_model(self.model), folder, state_dict)
+            self.processing_class.save_pretrained(folder)
         if self.args.should_save:
-            self.current_contract().save(Path(output_dir or self.args.output_dir))
+            self.current_contract().save(folder)
 
     def current_contract(self) -> Contract:
         """The contract with the step and the evaluation that belong to the weights as they are now."""
@@ -428,6 +466,18 @@ class FormulaTrainer(Trainer):
         if evaluations:
             training["evaluation"] = evaluations[-1]
         return replace(self.contract, training=training)
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """`model` computes in the type of its weights, as the decoder's memory needs it; accelerate has put a `forward`
+    under autocast in its place."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def validation_file(output_dir: Path, step: int) -> Path:
@@ -455,17 +505,22 @@ def check_fsdp(fsdp_plugin: Any) -> None:
 
 
 class _Repeatable(TrainerCallback):
-    """What a run needs to repeat itself exactly: the loss meter, and the sampler's epoch (accelerate's wrappers
-    forward `set_epoch` only in some versions)."""
+    """What a run needs to repeat itself exactly: the loss meter, the weights' average, and the epoch of sampler and
+    data (accelerate's wrappers forward `set_epoch` only in some versions)."""
 
     def __init__(self, trainer: FormulaTrainer) -> None:
         self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer.restore_loss_meter()
+        self.trainer.restore_from_checkpoint()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.trainer.update_average()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._sampler.epoch = int((state.epoch or 0) + 1e-6)
+        epoch = int((state.epoch or 0) + 1e-6)
+        self.trainer._sampler.epoch = epoch
+        self.trainer.train_dataset.set_epoch(epoch)
 
 
 class _NoInputGradients(TrainerCallback):

@@ -22,11 +22,16 @@ HEADS = {"README.md": "| option | default | meaning |", "README.zh-CN.md": "| �
 BETWEEN = re.compile(r"(?<=<!-- options -->\n).*?(?=<!-- /options -->)", re.DOTALL)
 CHINESE = {
     "base model: a folder or a hub id": "底座模型：本地目录或模型库 id",
+    "fresh weights from the base's config.json instead of its own (needs full)": (
+        "按底座的 config.json 随机初始化权重，不用它的权重（需要 full）"
+    ),
     "where a hub id is downloaded from": "从哪个平台下载 id 对应的文件",
     "run Python code that comes with a checkpoint": "是否运行检查点自带的 Python 代码",
     "training records, as csv2json writes them": "训练记录，即 csv2json 的输出",
     "validation records; without them nothing is evaluated": "验证记录；不给则不做验证",
-    "checkpoints, metrics.jsonl, config.yaml, adapter/": "输出目录：检查点、metrics.jsonl、config.yaml、adapter/",
+    "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/": (
+        "输出目录：检查点、metrics.jsonl、config.yaml、adapter/ 或 model/"
+    ),
     "discard an earlier run in output_dir instead of refusing": "删掉 output_dir 里的旧训练，而不是拒绝运行",
     "the instruction beside every image": "每张图片旁的指令",
     "fit: keep the aspect ratio; fixed: stretch to one size": "fit：保持宽高比；fixed：拉伸到固定尺寸",
@@ -36,10 +41,13 @@ CHINESE = {
     "fixed: width in pixels, rounded to whole cells": "fixed：宽度（像素），取整到完整的格子",
     "longest record in tokens: prompt, image, answer and end token": "一条记录最多多少 token，含图像和结束符",
     "a longer record is dropped and counted, or refused": "超长记录：drop 丢弃并计数，error 报错",
+    "lora: adapters on frozen weights; full: every weight": "lora：权重冻结，只训练适配器；full：训练全部权重",
     "rank": "LoRA 的秩",
     "scale: the update is multiplied by lora_alpha / lora_r": "缩放：更新量乘以 lora_alpha / lora_r",
     "dropout before the adapter": "适配器之前的 dropout",
     "which parts get adapters: language, vision, merger": "给哪些部分加适配器：language、vision、merger",
+    "share of answer tokens that the decoder is shown wrong in training": "训练时解码器看到的错误答案 token 的比例",
+    "style in which each training picture is varied anew in every epoch": "每轮训练以何种风格重新变换每张图片",
     "passes over the training records": "训练数据遍历几遍",
     "samples a device and micro-batch": "每张卡每个微批的样本数",
     "compute the frozen vision tower's output once, keep it on disk": "冻结的视觉塔只算一次，输出存盘",
@@ -47,9 +55,11 @@ CHINESE = {
     "vision patches a device and micro-batch, likewise": "每张卡每个微批的视觉 patch 数上限，同上",
     "micro-batches a step": "每步累积几个微批",
     "peak learning rate of AdamW": "AdamW 的最高学习率",
-    "bfloat16 weights and arithmetic (default: where the GPU has it)": "权重和计算用 bfloat16（默认：GPU 支持时）",
-    "adapter/ is the best checkpoint, not the last (default: true where each one is evaluated)": (
-        "adapter/ 取最好的而不是最后的检查点（默认：每个检查点都验证时为 true）"
+    "bfloat16 arithmetic, and weights if frozen (default: where the GPU has it)": (
+        "计算和冻结的权重用 bfloat16（默认：GPU 支持时）"
+    ),
+    "adapter/ or model/ is the best checkpoint, not the last (default: true where each one is evaluated)": (
+        "adapter/ 或 model/ 取最好的而不是最后的检查点（默认：每个检查点都验证时为 true）"
     ),
     "batches in one row without padding (default: where the GPU can, and on CPUs)": (
         "把一批样本拼成一行，不填充（默认：GPU 支持时，以及在 CPU 上）"
@@ -61,7 +71,12 @@ CHINESE = {
     "adapters in kernels of our own (default: bfloat16 on a GPU, not sharded)": (
         "适配器用自己的内核（默认：GPU 上的 bfloat16，未切分）"
     ),
-    "replay steps as CUDA graphs (default: with fused_lora)": "以 CUDA graph 重放训练步（默认：与 fused_lora 一起）",
+    "replay steps as CUDA graphs (default: with fused_lora, or full in bf16)": (
+        "以 CUDA graph 重放训练步（默认：与 fused_lora 一起，或 full 且 bf16 时）"
+    ),
+    "validate and keep a moving average of the weights with this decay, such as 0.999 (default: none)": (
+        "验证并保存权重的滑动平均，衰减率如 0.999（默认：不用）"
+    ),
     "hide NaN losses; looking for them stalls the GPU at every step": "隐藏 NaN loss；逐步检查会拖慢 GPU",
     "seed of initialisation, order and dropout": "初始化、样本顺序和 dropout 的随机种子",
     "image workers a process (default: cores, at most 8)": "每个进程的读图进程数（默认：CPU 核数，最多 8）",

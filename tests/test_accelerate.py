@@ -152,6 +152,25 @@ def test_fsdp2_equals_one_process(config, tiny, records, tmp_path, monkeypatch):
     assert (two / "checkpoint-3").is_dir()
 
 
+@pytest.mark.slow
+def test_fsdp2_trains_every_weight(config, tiny, records, tmp_path, monkeypatch):
+    """Same losses and gradients, a model that loads and answers, a run that resumes."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    sharded, options = fsdp_environment(monkeypatch), {"finetuning": "full", "learning_rate": 1e-4}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    train_sharded(tiny, records, two, sharded, *flags)
+    batch = {"per_device_train_batch_size": 8, "val_json": str(records["val"])}
+    train(config(**{**OPTIONS, **batch, **options, "output_dir": str(one)}))
+    for key, count in {"loss": 3, "grad_norm": 3, "eval_loss": 2}.items():
+        assert len(logged(one, key)) == count and logged(two, key) == pytest.approx(logged(one, key), rel=1e-4), key
+    assert (two / "checkpoint-2/pytorch_model_fsdp.bin").is_file()
+    picture = json.loads(records["val"].read_text())[0]["conversations"][0]["value"]
+    assert isinstance(LatexOCR.from_pretrained(two / "model")(picture, max_new_tokens=4), str)
+    shutil.rmtree(two / "checkpoint-3")
+    train_sharded(tiny, records, two, sharded, *flags, "--resume_from_checkpoint", "true")
+    assert logged(two, "loss")[-1] == pytest.approx(logged(one, "loss")[-1], rel=1e-4)
+
+
 def test_fsdp_settings_that_lose_the_adapter_are_refused():
     full = {"fsdp_version": 2, "state_dict_type": "FULL_STATE_DICT"}
     check_fsdp(FullyShardedDataParallelPlugin(**full))

@@ -50,6 +50,19 @@ def test_two_ranks_equal_one_process(tiny, records, tmp_path):
         assert len(list((tmp_path / name / "swanlog").glob("run-*"))) == 1
 
 
+def test_two_ranks_equal_one_process_with_every_weight(tiny, records, tmp_path):
+    """From fresh weights, with corrupted answers: what becomes of a record does not depend on its rank."""
+    options = ["--gradient_accumulation_steps", "1", "--finetuning", "full", "--init_from_config", "true",
+               "--token_corruption", "0.3"]  # fmt: skip
+    launch(1, 10, tiny, records, tmp_path / "one", *options)
+    launch(2, 5, tiny, records, tmp_path / "two", *options)
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for key, count in {"loss": 6, "grad_norm": 6, "eval_loss": 2, "eval_edit_distance": 2}.items():
+        found = {name: [row[key] for row in rows if key in row] for name, rows in (("one", one), ("two", two))}
+        assert len(found["one"]) == count and found["two"] == pytest.approx(found["one"], rel=1e-4), key
+    assert (tmp_path / "two/model/model.safetensors").is_file()
+
+
 def test_accumulation_on_two_ranks(tiny_models, records, tmp_path):
     """2 ranks x 2 records x 2 micro-batches are one process's 8 records; 5 generated rows on 2 ranks. Qwen2.5-VL."""
     tiny = tiny_models["qwen2_5_vl"]
