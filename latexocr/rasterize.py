@@ -104,9 +104,11 @@ def ink(
             pieces.append((column + bitmap.left, row + bitmap.top, bitmap.coverage))
     pieces += [_rule(rule, scale, origin, weight, style.touched) for rule in rendering.rules]
     pieces = [piece for piece in pieces if piece[2].size]
-    if not pieces:
+    whole = _compose(pieces) if pieces else np.zeros((1, 1), np.uint8)
+    box = Image.fromarray(whole).getbbox()
+    if box is None:
         raise InputError("blank: no ink")
-    return _compose(pieces)
+    return whole[box[1] : box[3], box[0] : box[2]]
 
 
 def _compose(pieces: list[tuple[int, int, np.ndarray]]) -> np.ndarray:
@@ -144,7 +146,7 @@ def _span(start: float, end: float, touched: bool) -> tuple[int, np.ndarray]:
 
 
 class _Bitmap(NamedTuple):
-    """Coverage (height, width), cropped to its ink; (left, top) is its corner from the glyph's origin, y down."""
+    """Coverage (height, width); (left, top) is its corner from the glyph's origin, y down."""
 
     coverage: np.ndarray
     left: int
@@ -170,8 +172,7 @@ def _glyph(
     coverage = (sums // OVERSAMPLING**2).astype(np.uint8)
     if touched:
         coverage = np.where(coverage >= TOUCHED, 255, 0).astype(np.uint8)
-    box = Image.fromarray(coverage).getbbox()
-    return _Bitmap(coverage[box[1] : box[3], box[0] : box[2]], left + box[0], top + box[1]) if box else None
+    return _Bitmap(coverage, left, top)
 
 
 @lru_cache(maxsize=10_000)
@@ -187,11 +188,7 @@ def _large_glyph(engine: Engine, font: str, size_px: float, code: int, weight: i
         image.paste(Image.fromarray(np.array(mask, np.uint8).reshape(mask.size[::-1])))
     else:
         ImageDraw.Draw(image).text((-left, -top), character, 255, face, anchor="ls")
-    box = image.getbbox()
-    if box is None:
-        return None
-    coverage = np.asarray(image.crop(box))
-    left, top = left + box[0], top + box[1]
+    coverage = np.asarray(image)
     if weight:
         coverage = _bolder(coverage, weight)
         left, top = left - weight // 2, top - weight // 2

@@ -100,6 +100,7 @@ STYLES = {
     "print": Style(
         fonts=("cm", "cm", "cm", "cm", "bold", "times", "palatino", "txfonts", "pxfonts", "euler", "sans"),
         dpi=(80, 90, 100, 110, 120, 140, 160, 190, 220),
+        phases=2,
         weights=(0, 0, 0, 1, 2),
         margins=(2, 14),
         effects=(

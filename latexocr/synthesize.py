@@ -113,9 +113,11 @@ def synthesize(
     """
     from tqdm.auto import tqdm
 
+    from latexocr.styles import style_named
     from latexocr.workers import ordered_map
 
-    _check(output_dir, num_images, vary, workers)
+    _check(output_dir, vary, num_images=num_images, max_tokens=max_tokens, workers=workers)
+    style_named(style)
     options = _Options(output_dir.absolute(), vary, style, _engine(engine), augment, label, max_tokens, seed)
     texts = read_formulas(formulas) if formulas else None
     num_images = num_images or (len(texts) if texts else 1000)
@@ -145,10 +147,10 @@ def synthesize(
     return SynthesizeResult(*tables, num_images, num_drawn, dict(rejected.most_common()))
 
 
-def _check(output_dir: Path, num_images: int | None, vary: float, workers: int | None) -> None:
+def _check(output_dir: Path, vary: float, **counts: int | None) -> None:
     if (output_dir / "data.csv").exists():
         raise InputError(f"{output_dir} holds a data.csv already; choose another --output-dir or remove it")
-    for name, number in (("num_images", num_images), ("workers", workers)):
+    for name, number in counts.items():
         if number is not None and number < 1:
             raise InputError(f"{name} {number} is less than 1")
     if not 0 <= vary <= 1:
@@ -187,7 +189,7 @@ def _texts(file: Path) -> Iterator[str]:
     if file.suffix == ".json":
         from latexocr.records import read_records
 
-        yield from (record.answer for record in read_records(file))
+        yield from (record.text for record in read_records(file))
     elif file.suffix == ".parquet":
         import pyarrow.parquet
 

@@ -76,7 +76,7 @@ _LOW_LEVEL = LENGTHS | frozenset(
     _words(
         """
         raise lower raisebox vskip rule put setlength unitlength char symbol mathchar mathaccent special fontsize
-        def newcommand let circle line vector makebox framebox parbox picture buildrel lx multicolumn cline hbox
+        def newcommand let circle line vector makebox framebox parbox buildrel multicolumn cline hbox
         vbox vtop llap rlap hss halign cases matrix pmatrix
         """
     )
@@ -167,21 +167,16 @@ def _freedom(tokens: list[str]) -> list[int]:
 
 
 def _arguments(command: str) -> list[int]:
-    """The freedom of each argument behind a command that limits it."""
-    if command.startswith((r"\begin{", r"\end{")):
-        name = command[command.index("{") + 1 : -1]
-        if command.startswith(r"\end"):
-            return []
-        return [_FIXED] * (ENVIRONMENTS[name].count("r") if name in ENVIRONMENTS else 1)
+    """The freedom of each argument behind a command; what an unknown one does with its argument, nobody knows."""
     if command in FONTS or command in TEXTS:
         return [_LINE]
-    if command in ARGUMENTS:
-        kinds = ARGUMENTS[command].replace("o", "")
-        return (
-            [_FIXED if kind == "r" or "operatorname" in command else _FREE for kind in kinds]
-            if ("r" in kinds or "operatorname" in command)
-            else []
-        )
-    if command in SYMBOLS or not command[1].isalpha() or command in (r"\left", r"\right", r"\middle"):
-        return []
-    return [_FIXED]
+    if command.startswith(r"\begin{"):
+        kinds = ENVIRONMENTS.get(command[7:-1], "r")
+    elif command.startswith(r"\operatorname"):
+        kinds = "r"
+    elif command in ARGUMENTS:
+        kinds = ARGUMENTS[command]
+    else:
+        known = command in SYMBOLS or command in _DELIMITED or command.startswith(r"\end{")
+        kinds = "" if known or not command[1].isalpha() else "r"
+    return [_FIXED if kind == "r" else _FREE for kind in kinds if kind != "o"]
