@@ -125,9 +125,7 @@ class Decoder:
         self._captures = self._device.type == "cuda"
 
     @torch.no_grad()
-    def __call__(
-        self, batches: Sequence[dict[str, torch.Tensor]], normalise: Normalise | None = None
-    ) -> list[Answer]:
+    def __call__(self, batches: Sequence[dict[str, torch.Tensor]], normalise: Normalise | None = None) -> list[Answer]:
         """One answer a row: up to and with the end token, or `max_new_tokens` long.
 
         Args:

@@ -95,7 +95,8 @@ def test_ids_equal_stock_generate(model_type, lora, tiny_models, monkeypatch):
     with decoder_for(ocr.model, config) as decoder:
         assert ids(decoder([batch])) == wanted
         assert decoder._cache.rows < 6
-        assert ids(decoder([prompts(ocr, IMAGES[:2]), prompts(ocr, IMAGES[2:])])) == wanted  # joined, memory used again
+        parts = [prompts(ocr, IMAGES[:2]), prompts(ocr, IMAGES[2:])]
+        assert ids(decoder(parts)) == wanted  # joined, memory used again
         assert ids(decoder([prompts(ocr, IMAGES[3:4])])) == wanted[3:4]
         as_bytes = ocr.collate([ocr.preprocessor.prompt_features(image, as_bytes=True) for image in IMAGES])
         assert as_bytes["pixel_values"].dtype == torch.uint8
