@@ -73,6 +73,9 @@ class TrainOptions:
     cuda_graphs: bool | None = option(None, "replay steps as CUDA graphs (default: with fused_lora)")
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
+    dataloader_persistent_workers: bool | None = option(
+        None, "keep the workers from one epoch to the next (default: true where there are any)"
+    )
 
     # validation
     eval_strategy: str | None = option(None, "no, steps or epoch (default: epoch when there is a val_json)")

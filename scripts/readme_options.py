@@ -65,6 +65,9 @@ CHINESE = {
     "hide NaN losses; looking for them stalls the GPU at every step": "隐藏 NaN loss；逐步检查会拖慢 GPU",
     "seed of initialisation, order and dropout": "初始化、样本顺序和 dropout 的随机种子",
     "image workers a process (default: cores, at most 8)": "每个进程的读图进程数（默认：CPU 核数，最多 8）",
+    "keep the workers from one epoch to the next (default: true where there are any)": (
+        "各轮之间保留读图进程（默认：有读图进程时为 true）"
+    ),
     "no, steps or epoch (default: epoch when there is a val_json)": (
         "no、steps 或 epoch（默认：有 val_json 时为 epoch）"
     ),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from multiprocessing.process import BaseProcess
 
 import pytest
 import torch
@@ -33,6 +34,19 @@ def test_loss_is_the_mean_over_supervised_tokens():
         # with one logit x and three zeros, -log softmax = nll gives x = log(3 / (exp(nll) - 1))
         logits[row, column, target] = torch.log(3 / (torch.exp(torch.tensor(nll)) - 1))
     assert supervised_loss(logits, supervised_targets(labels, torch.tensor([0, 1])), 3).item() == pytest.approx(1.0)
+
+
+def test_image_workers_live_on_over_epochs(config, tmp_path, monkeypatch):
+    """Starting them anew at every epoch left two GPUs waiting; the losses are those without workers."""
+    started = []
+    start = BaseProcess.start
+    monkeypatch.setattr(BaseProcess, "start", lambda self: (started.append(self), start(self)))
+    options = {"max_steps": -1, "num_train_epochs": 3, "logging_first_step": False}
+    alone = losses(train(config(output_dir=str(tmp_path / "0"), **options)))
+    assert started == []
+    shared = losses(train(config(output_dir=str(tmp_path / "2"), dataloader_num_workers=2, **options)))
+    assert len(started) == 2
+    assert shared == alone
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
