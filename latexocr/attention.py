@@ -67,7 +67,8 @@ def varlen_attention(
     """
     causal = module.is_causal if is_causal is None else is_causal
     cu_seqlens, longest = (text_cu_seqlens, text_max_seqlen) if causal else (cu_seq_lens_q, max_length_q)
-    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    # under autocast stock rotary positions leave queries and keys in float32, and values in 16 bits
+    query, key, value = (tensor[0].transpose(0, 1).to(value.dtype) for tensor in (query, key, value))
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         output = _kernel(query, key, value, cu_seqlens, longest, causal, scaling)
     else:

@@ -32,11 +32,12 @@ class TrainOptions:
 
     # what to train, on what
     model_name_or_path: str = option("Qwen/Qwen2-VL-2B-Instruct", "base model: a folder or a hub id")
+    init_from_config: bool = option(False, "fresh weights from the base's config.json instead of its own (needs full)")
     hub: Literal["modelscope", "huggingface"] = option("modelscope", "where a hub id is downloaded from")
     trust_remote_code: bool = option(False, "run Python code that comes with a checkpoint")
     train_json: str | None = option(None, "training records, as csv2json writes them")
     val_json: str | None = option(None, "validation records; without them nothing is evaluated")
-    output_dir: str | None = option("outputs/latexocr", "checkpoints, metrics.jsonl, config.yaml, adapter/")
+    output_dir: str | None = option("outputs/latexocr", "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/")
     overwrite_output_dir: bool = option(False, "discard an earlier run in output_dir instead of refusing")
 
     # what the model sees
@@ -49,11 +50,16 @@ class TrainOptions:
     max_length: int = option(2048, "longest record in tokens: prompt, image, answer and end token")
     overlong: Literal["drop", "error"] = option("drop", "a longer record is dropped and counted, or refused")
 
-    # LoRA
+    # what is trained
+    finetuning: Literal["lora", "full"] = option("lora", "lora: adapters on frozen weights; full: every weight")
     lora_r: int = option(64, "rank")
     lora_alpha: int = option(16, "scale: the update is multiplied by lora_alpha / lora_r")
     lora_dropout: float = option(0.05, "dropout before the adapter")
     lora_components: list[str] = option(["language"], "which parts get adapters: language, vision, merger")
+
+    # against memorising
+    token_corruption: float = option(0.0, "share of answer tokens that the decoder is shown wrong in training")
+    augment: str | None = option(None, "style in which each training picture is varied anew in every epoch")
 
     # optimisation (TrainingArguments fields with our defaults)
     num_train_epochs: float = option(2.0, "passes over the training records")
@@ -62,7 +68,7 @@ class TrainOptions:
     max_patches_per_batch: int | None = option(None, "vision patches a device and micro-batch, likewise")
     gradient_accumulation_steps: int = option(4, "micro-batches a step")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
-    bf16: bool | None = option(None, "bfloat16 weights and arithmetic (default: where the GPU has it)")
+    bf16: bool | None = option(None, "bfloat16 arithmetic, and weights if frozen (default: where the GPU has it)")
     flatten: bool | None = option(None, "batches in one row without padding (default: where the GPU can, and on CPUs)")
     cache_vision_features: bool = option(False, "compute the frozen vision tower's output once, keep it on disk")
     fused_layers: bool | None = option(
@@ -70,7 +76,7 @@ class TrainOptions:
     )
     fused_loss: bool | None = option(None, "loss without holding all logits (default: weights not sharded)")
     fused_lora: bool | None = option(None, "adapters in kernels of our own (default: bfloat16 on a GPU, not sharded)")
-    cuda_graphs: bool | None = option(None, "replay steps as CUDA graphs (default: with fused_lora)")
+    cuda_graphs: bool | None = option(None, "replay steps as CUDA graphs (default: with fused_lora, or full in bf16)")
     seed: int = option(42, "seed of initialisation, order and dropout")
     dataloader_num_workers: int | None = option(None, "image workers a process (default: cores, at most 8)")
     dataloader_persistent_workers: bool | None = option(
@@ -89,7 +95,7 @@ class TrainOptions:
         None, "what picks the best checkpoint (default: eval_edit_distance, or eval_loss without generation)"
     )
     load_best_model_at_end: bool | None = option(
-        None, "adapter/ is the best checkpoint, not the last (default: true where each one is evaluated)"
+        None, "adapter/ or model/ is the best checkpoint, not the last (default: true where each one is evaluated)"
     )
     early_stopping_patience: int | None = option(None, "stop after this many evaluations without improvement")
 

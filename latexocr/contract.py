@@ -35,7 +35,8 @@ class Contract:
 
     Args:
         base_model: the folder or hub id that the run was given.
-        base_fingerprint: hash of the base checkpoint's weight files, so that an adapter is not put on another base.
+        base_fingerprint: hash of the base checkpoint's weight files, so that an adapter is not put on another base;
+            of its config.json where training began with fresh weights.
         model_type: `config.model_type` of the base.
         prompt: the instruction beside every image.
         image_policy: how pictures were prepared.
@@ -80,6 +81,11 @@ class Contract:
             return cls(**{**values, "image_policy": ImagePolicy(**values["image_policy"])})
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a latexocr contract ({error})") from error
+
+
+def config_fingerprint(folder: Path) -> str:
+    """`fingerprint` of a shape whose weights are made anew: a hash of its `config.json`."""
+    return hashlib.sha256((folder / "config.json").read_bytes()).hexdigest()[:16]
 
 
 def fingerprint(folder: Path) -> str:

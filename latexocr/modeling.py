@@ -16,14 +16,15 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors import safe_open
 from torch.nn.functional import linear
-from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from latexocr.contract import Contract, fingerprint
+from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.families import Family, family_of
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         InputError: not a checkpoint folder.
     """
-    path = folder / "config.json"
+    path = folder / MODEL_CONFIG
     if not path.is_file():
         hint = "; it holds an adapter: give it with --adapter" if (folder / ADAPTER_CONFIG).is_file() else ""
         raise InputError(f"{folder}: no config.json, so not a model checkpoint{hint}")
@@ -143,7 +144,43 @@ def _placeholder_masks(
     config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(batch, length, 1) twice: where image features and where video features belong."""
-    return tuple((input_ids == token)[..., None] for token in (config.image_token_id, config.video_token_id))
+    tokens = (config.image_token_id, config.video_token_id)
+    return tuple((input_ids == token)[..., None].as_subclass(PlaceholderMask) for token in tokens)
+
+
+class PlaceholderMask(torch.Tensor):
+    """A mask whose `embeddings.masked_scatter(mask, features)` can be differentiated without waiting for the GPU.
+
+    PyTorch (2.15) selects the gradient of the features by the mask, and asks the GPU how many there are: a step that
+    trains the vision tower could not be captured as a CUDA graph.
+    """
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if function is torch.Tensor.masked_scatter:
+                return _Placed.apply(*args)
+            return function(*args, **(kwargs or {}))
+
+
+class _Placed(torch.autograd.Function):
+    """`torch.Tensor.masked_scatter` for whole rows."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+        """Embeddings (batch, length, width) with features (at least as many rows as places, width) in the places of
+        the mask (batch, length, 1)."""
+        ctx.save_for_backward(mask)
+        ctx.num_features = len(features)
+        return embeddings.masked_scatter(mask, features)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
+        (mask,) = ctx.saved_tensors
+        numbers = torch.arange(1, ctx.num_features + 1, device=grad.device)
+        places = torch.searchsorted(mask.flatten().cumsum(0), numbers)  # beyond the end for features without a place
+        rows = torch.nn.functional.pad(grad.flatten(0, 1), (0, 0, 0, 1))
+        return grad.masked_fill(mask, 0), None, rows[places]
 
 
 class PatchEmbedding(torch.nn.Conv3d):
@@ -177,13 +214,52 @@ def load_base(
             )
     except (OSError, RuntimeError) as error:
         raise InputError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:300]})") from error
-    for module in model.modules():
-        if type(module) is torch.nn.Conv3d and module.stride == module.kernel_size:
-            module.__class__ = PatchEmbedding
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} weights are missing from the files, first {missing[0]}")
+    model = _with_fast_patches(model)
     return model if device is None else model.to(device)
+
+
+def fresh_base(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
+    """A model of the shape that `config.json` in `folder` says, with random weights in float32."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32, trust_remote_code=trust_remote_code)
+    return _with_fast_patches(model)
+
+
+def _with_fast_patches(model: PreTrainedModel) -> PreTrainedModel:
+    for module in model.modules():
+        if type(module) is torch.nn.Conv3d and module.stride == module.kernel_size:
+            module.__class__ = PatchEmbedding
+    return model
+
+
+def save_for_training(model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """All weights in the type and under the names that they have here: what resuming reads back bit for bit.
+
+    Args:
+        model: trained as a whole.
+        folder: of the checkpoint.
+        state_dict: the weights, where they are not those in `model` (sharded ones have been gathered).
+    """
+    with no_progress_bars():
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
+
+
+def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
+    """All weights in bfloat16 under the hub's key names: an ordinary checkpoint. Arguments as `save_for_training`."""
+    weights = model.state_dict() if state_dict is None else state_dict
+    rounded = {value.data_ptr(): value.bfloat16() for value in weights.values()}  # tied weights stay one
+    state_dict = {name: rounded[value.data_ptr()] for name, value in weights.items()}
+    with no_progress_bars():
+        model.save_pretrained(folder, state_dict=state_dict, save_original_format=True)
+    path = folder / MODEL_CONFIG
+    config = json.loads(path.read_text(encoding="utf-8"))
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    for part in parts:  # save_pretrained writes the type of the weights in memory
+        part.update({"dtype": "bfloat16"} if "dtype" in part else {})
+    write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
 def greedy_config(processor: Any, family: Family) -> GenerationConfig:
@@ -278,5 +354,7 @@ def check_adapter(adapter: Path) -> Contract | None:
     """
     for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
         if not (adapter / name).is_file():
-            raise InputError(f"{adapter}: no {name}, so not an adapter folder (a checkpoint-N folder or adapter/ is)")
+            whole = (adapter / MODEL_CONFIG).is_file()
+            hint = "a whole model, which --model takes as it is" if whole else "a checkpoint-N folder or adapter/ is"
+            raise InputError(f"{adapter}: no {name}, so not an adapter folder ({hint})")
     return Contract.load(adapter)

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
@@ -246,6 +247,11 @@ class Preprocessor:
         return patcher
 
     @cached_property
+    def plain_ids(self) -> np.ndarray:
+        """(tokens,) all ids but those of special tokens."""
+        return np.setdiff1d(np.arange(len(self.processor.tokenizer)), list(self._special_ids))
+
+    @cached_property
     def _special_ids(self) -> frozenset[int]:
         tokens = self.processor.tokenizer.added_tokens_decoder
         return frozenset(index for index, token in tokens.items() if token.special)
@@ -297,33 +303,98 @@ def _tensors(arrays: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
     return {key: torch.from_numpy(values) for key, values in arrays.items()}
 
 
+@dataclass(frozen=True)
+class Variation:
+    """What is different about a record in every epoch, so that the model learns to look instead of to remember.
+
+    Args:
+        token_corruption: share of the answer's tokens that the decoder is shown wrong: random other ones, while the
+            labels stay right. A decoder that cannot trust what it wrote has to look at the picture.
+        augment: a style of `latexocr.augment`, None for pictures as they are.
+        seed: with epoch and record it says what becomes of a record, on any worker and rank, resumed or not.
+    """
+
+    token_corruption: float = 0.0
+    augment: str | None = None
+    seed: int = 0
+
+    def picture(self, image: Image.Image, rng: np.random.Generator) -> Image.Image:
+        """`image` in the style.
+
+        Raises:
+            InputError: an unknown style.
+        """
+        if self.augment is None:
+            return image
+        from latexocr.augment import augment
+
+        return augment(image, self.augment, rng)
+
+    def corrupt(self, sample: dict[str, torch.Tensor], ids: np.ndarray, rng: np.random.Generator) -> None:
+        """Replace that share of the answer's `input_ids`, in place; never the end token.
+
+        Args:
+            sample: of `Preprocessor.sample`.
+            ids: what tokens are replaced with.
+            rng: the record's own.
+        """
+        length = int((sample["labels"] != IGNORED).sum()) - 1
+        answer = sample["input_ids"].numpy()[-length - 1 : -1]
+        wrong = rng.random(length) < self.token_corruption
+        answer[wrong] = rng.choice(ids, int(wrong.sum()))
+
+
 class FormulaDataset(Dataset):
     """Records, preprocessed one by one when a data-loader worker asks for them.
 
     Args:
         as_bytes: a twenty-fourth of the memory for a picture; `Preprocessor.normalise` is to follow on the device.
+        variation: for training; None for records as they are.
 
     `vision`, when it is set, gives the tensors of a record's image by index, and the image is not decoded.
     """
 
     vision: Callable[[int], dict[str, torch.Tensor]] | None = None
 
-    def __init__(self, records: Sequence[Record], preprocessor: Preprocessor, *, as_bytes: bool = False) -> None:
+    def __init__(
+        self,
+        records: Sequence[Record],
+        preprocessor: Preprocessor,
+        *,
+        as_bytes: bool = False,
+        variation: Variation | None = None,
+    ) -> None:
         self.records, self.preprocessor, self.as_bytes = records, preprocessor, as_bytes
+        self.variation = variation
+        self._epoch = torch.zeros((), dtype=torch.long).share_memory_()  # workers that outlive an epoch see the next
+
+    def set_epoch(self, epoch: int) -> None:
+        """From now on records vary as in this epoch."""
+        self._epoch.fill_(epoch)
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         row = 0 if index == MASKED else index
-        record = self.records[row]
-        if self.vision is None:
-            sample = self.preprocessor.sample(record.image_path, record.text, record.where, as_bytes=self.as_bytes)
-        else:
-            sample = self.preprocessor.sample_of(self.vision(row), record.text, record.where)
+        record, rng = self.records[row], self._rng(row)
+        sample = self.preprocessor.sample_of(self._vision(row, record, rng), record.text, record.where)
+        if self.variation and self.variation.token_corruption:
+            self.variation.corrupt(sample, self.preprocessor.plain_ids, rng)
         if index == MASKED:
             sample["labels"].fill_(IGNORED)
         return sample
+
+    def _vision(self, row: int, record: Record, rng: np.random.Generator | None) -> dict[str, torch.Tensor]:
+        if self.vision is not None:
+            return self.vision(row)
+        image: ImageInput = record.image_path
+        if self.variation and self.variation.augment:
+            image = self.variation.picture(load_image(image, record.where), rng)
+        return self.preprocessor.patches(image, record.where, as_bytes=self.as_bytes)
+
+    def _rng(self, row: int) -> np.random.Generator | None:
+        return np.random.default_rng((self.variation.seed, int(self._epoch), row)) if self.variation else None
 
 
 @dataclass(frozen=True)

@@ -9,14 +9,17 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from peft import PeftModel
+
 from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.metrics_file import METRICS_FILE
-from latexocr.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_adapter
+from latexocr.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, check_adapter
 from latexocr.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
+LEFT_BEHIND = (METRICS_FILE, "adapter", "model", "validation", "evaluation")  # by a run, besides checkpoints
 
 
 def checkpoint_to_resume(config: TrainConfig) -> Path | None:
@@ -29,42 +32,55 @@ def checkpoint_to_resume(config: TrainConfig) -> Path | None:
     if wanted in (None, False) or str(wanted).lower() == "false":
         return None
     if str(wanted).lower() == "true":
-        return _newest_complete_checkpoint(Path(config.output_dir))
+        return _newest_complete_checkpoint(config)
     folder = Path(str(wanted))
     if not (folder / TRAINER_STATE).is_file():
         raise InputError(f"{folder}: no {TRAINER_STATE}, so not a checkpoint that training can resume from")
-    check_adapter(folder)
+    weights = weights_file(config)
+    if not (folder / weights).is_file():
+        raise InputError(f"{folder}: no {weights}, so not a checkpoint of --finetuning {config.finetuning}")
     return folder
 
 
-def _newest_complete_checkpoint(output_dir: Path) -> Path:
+def weights_file(config: TrainConfig) -> str:
+    """The name of the file in a checkpoint that holds what was trained."""
+    return MODEL_WEIGHTS if config.finetuning == "full" else ADAPTER_WEIGHTS
+
+
+def _newest_complete_checkpoint(config: TrainConfig) -> Path:
     """The last checkpoint that was written to its end; a kill can leave a later one half-written."""
+    output_dir = Path(config.output_dir)
     numbered = [path for path in output_dir.glob("checkpoint-*") if path.name.split("-")[-1].isdigit()]
     for folder in sorted(numbered, key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        if (folder / TRAINER_STATE).is_file() and (folder / ADAPTER_WEIGHTS).is_file():
+        if (folder / TRAINER_STATE).is_file() and (folder / weights_file(config)).is_file():
             return folder
         logger.warning(f"{folder}: incomplete, left out")
     raise InputError(f"{output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint")
 
 
 def check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
-    """Resuming goes on with the same base, prompt, pictures and adapter shape.
+    """Resuming goes on with the same base, prompt, pictures and (with LoRA) adapter shape.
 
     Raises:
         InputError: something differs; it is named.
     """
-    saved, lora = check_adapter(checkpoint), model.peft_config["default"]
+    saved = Contract.load(checkpoint)
     if saved is None:
         raise InputError(f"{checkpoint}: no latexocr.json, so not a checkpoint of this library")
-    adapter = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
     pairs = {
         "base model": (saved.base_fingerprint, contract.base_fingerprint),
         "prompt": (saved.prompt, contract.prompt),
         "image options": (saved.image_policy, contract.image_policy),
-        "lora_r": (adapter["r"], lora.r),
-        "lora_alpha": (adapter["lora_alpha"], lora.lora_alpha),
-        "lora_components": (adapter["target_modules"], lora.target_modules),
     }
+    if isinstance(model, PeftModel):
+        check_adapter(checkpoint)
+        adapter = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+        lora = model.peft_config["default"]
+        pairs |= {
+            "lora_r": (adapter["r"], lora.r),
+            "lora_alpha": (adapter["lora_alpha"], lora.lora_alpha),
+            "lora_components": (adapter["target_modules"], lora.target_modules),
+        }
     different = [name for name, (before, now) in pairs.items() if before != now]
     if different:
         raise InputError(
@@ -75,7 +91,7 @@ def check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
 def _earlier_run(output_dir: Path) -> list[Path]:
     return [
         *sorted(output_dir.glob("checkpoint-*")),
-        *(output_dir / n for n in (METRICS_FILE, "adapter", "validation", "evaluation") if (output_dir / n).exists()),
+        *(output_dir / name for name in LEFT_BEHIND if (output_dir / name).exists()),
     ]
 
 

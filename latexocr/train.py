@@ -1,4 +1,4 @@
-"""Stage 4: train.json -> adapter. Reading `train` tells the story in order.
+"""Stage 4: train.json -> adapter or model. Reading `train` tells the story in order.
 
 from latexocr.train import TrainConfig, train
 
@@ -22,10 +22,11 @@ import numpy as np
 import torch
 import yaml
 from peft import PeftModel
-from transformers import EarlyStoppingCallback, TrainerCallback, set_seed
+from PIL import Image
+from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
 from latexocr.collate import FlattenedCollator, FormulaCollator
-from latexocr.contract import Contract, fingerprint, write_text
+from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.images import ImagePolicy
@@ -33,6 +34,7 @@ from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
     family_in,
+    fresh_base,
     greedy_config,
     inner_model,
     load_base,
@@ -40,7 +42,7 @@ from latexocr.modeling import (
     resolve_checkpoint,
     trainable_parameters,
 )
-from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, decode_sample, select
+from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
 from latexocr.records import read_records
 from latexocr.run_folder import (
     TRAINER_STATE,
@@ -53,7 +55,7 @@ from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
 from latexocr.tracking import Sample, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.train_config import TrainConfig
-from latexocr.trainer import FormulaTrainer, validation_file
+from latexocr.trainer import FINAL, FormulaTrainer, validation_file
 from latexocr.vision_cache import GivenFeatures, VisionCache
 
 logger = logging.getLogger(__name__)
@@ -64,7 +66,8 @@ class TrainResult:
     """What a training leaves behind.
 
     Args:
-        adapter_dir: the best adapter (by `metric_for_best_model`; the last one without validation).
+        adapter_dir: the best adapter (by `metric_for_best_model`; the last one without validation), or with
+            `finetuning="full"` the best model.
         metrics: the final training loss and the best checkpoint's evaluation.
         num_dropped: overlong training records left out.
         stopped_by: number of the signal that ended training early, else 0; continue with
@@ -85,18 +88,24 @@ class TrainResult:
                 "go on with --resume_from_checkpoint true"
             )
         shown = {name: value for name, value in self.metrics.items() if "loss" in name or name in BEST_SHOWN}
-        return f"adapter: {self.adapter_dir}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        scores = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        return f"{self.adapter_dir.name}: {self.adapter_dir}  {scores}"
 
 
 BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu", "eval_glyph_f1")
 
 
 def train(config: TrainConfig) -> TrainResult:
-    """Fine-tune with LoRA: load, check, announce, train, keep the best.
+    """Fine-tune with LoRA or as a whole: load, check, announce, train, keep the best.
 
     Leaves in `output_dir`: `config.yaml` (everything resolved), `metrics.jsonl` (the source of truth),
     `checkpoint-N/` and `adapter/`, each with adapter, processor, tokenizer and `latexocr.json`; with validation also
     the answers of each one in `validation/`, and `evaluation/` with all that is known about those of `adapter/`.
+
+    `finetuning="full"` trains every weight, in float32 (a GPU computes in bfloat16 with copies of them), from those of
+    the base or, with `init_from_config`, from random ones. In place of adapters there are whole models: float32 in
+    `checkpoint-N/`, for resuming, and in `model/` (in place of `adapter/`) bfloat16 under the hub's names, an ordinary
+    checkpoint: the base of the next training, full or LoRA.
 
     Raises:
         InputError: data, model or options that cannot be used; nothing has been written then.
@@ -132,7 +141,7 @@ def train(config: TrainConfig) -> TrainResult:
             tracker.finish_as("aborted", f"signal {stop.received} at step {trainer.state.global_step}")
             adapter_dir = output_dir / f"checkpoint-{trainer.state.global_step}"
         else:
-            adapter_dir = output_dir / "adapter"
+            adapter_dir = output_dir / FINAL[config.finetuning]
             trainer.save_model(str(adapter_dir))
             if cache:
                 cache.remove()
@@ -168,29 +177,26 @@ def load_data(config: TrainConfig) -> Data:
     if not config.train_json:
         raise InputError("train_json is not set: give the file that csv2json wrote (--train_json train.json)")
     base_folder, preprocessor = load_preprocessor(config)
+    if config.augment:  # a wrong style is refused before anything is measured
+        _variation(config).picture(Image.new("L", (64, 32), "white"), np.random.default_rng(0))
     training = _select(config, config.train_json, preprocessor)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
     batches = _batches_by_budget(config, training, preprocessor)
     return Data(base_folder, preprocessor, training, validation, batches)
 
 
-def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel, Contract]:
-    """The base with a fresh adapter, and the contract that every checkpoint of it will carry."""
+def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedModel, Contract]:
+    """The base with a fresh adapter or ready to be trained as a whole, and the contract of all its checkpoints."""
     family = data.preprocessor.family
     set_seed(config.seed)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    with _kernels_compiled(config, dtype):
-        model = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
-        model.generation_config = greedy_config(data.preprocessor.processor, family)
-        model.generation_config.max_new_tokens = config.max_new_tokens
-        model = add_lora(
-            model, family, components=config.lora_components, r=config.lora_r, alpha=config.lora_alpha,
-            dropout=config.lora_dropout,
-        )  # fmt: skip
+    load = _load_with_lora if config.finetuning == "lora" else _load_whole
+    model = load(config, data)
+    inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
+    inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
-        base_fingerprint=fingerprint(data.base_folder),
+        base_fingerprint=(config_fingerprint if config.init_from_config else fingerprint)(data.base_folder),
         model_type=family.model_types[0],
         prompt=config.prompt,
         image_policy=data.preprocessor.policy,
@@ -198,6 +204,27 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel, Contract]:
         training={"train_records": len(data.training.records), "dropped": len(data.training.dropped)},
     )
     return model, contract
+
+
+def _load_with_lora(config: TrainConfig, data: Data) -> PeftModel:
+    dtype = torch.bfloat16 if config.bf16 else torch.float32
+    with _kernels_compiled(config, dtype):
+        return add_lora(
+            load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code),
+            data.preprocessor.family,
+            components=config.lora_components,
+            r=config.lora_r,
+            alpha=config.lora_alpha,
+            dropout=config.lora_dropout,
+        )
+
+
+def _load_whole(config: TrainConfig, data: Data) -> PreTrainedModel:
+    """In float32: steps are smaller than what bfloat16 can tell apart; autocast computes with rounded copies."""
+    if config.init_from_config:
+        return fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
+    model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    return model.requires_grad_(True)
 
 
 def _kernels_compiled(config: TrainConfig, dtype: torch.dtype) -> AbstractContextManager:
@@ -211,7 +238,7 @@ def _kernels_compiled(config: TrainConfig, dtype: torch.dtype) -> AbstractContex
 def build_trainer(
     config: TrainConfig,
     data: Data,
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     contract: Contract,
     *,
     stop: StopSignal,
@@ -235,7 +262,9 @@ def build_trainer(
         lengths=data.training.counts.total,
         batches=data.batches,
         on_board=on_board,
-        train_dataset=FormulaDataset(data.training.records, data.preprocessor, as_bytes=True),
+        train_dataset=FormulaDataset(
+            data.training.records, data.preprocessor, as_bytes=True, variation=_variation(config)
+        ),
         eval_dataset=(
             FormulaDataset(data.validation.records, data.preprocessor, as_bytes=True) if data.validation else None
         ),
@@ -265,7 +294,7 @@ def announce(
         batch = f"about {batch:.1f}"
     lines = [
         f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
-        f"{'bfloat16' if config.bf16 else 'float32'} on {config.device}",
+        f"{_arithmetic(config)} on {config.device}",
         f"trainable   {trained:,} ({100 * trained / total:.2f}%): {where}",
         f"train       {len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
         f"tokens a record: {_statistics(training)}",
@@ -287,6 +316,12 @@ def announce(
         f"example     {decode_sample(dataset[0], dataset.preprocessor)}",
     ]
     return "\n".join(lines)
+
+
+def _arithmetic(config: TrainConfig) -> str:
+    weights = "random weights, " if config.init_from_config else ""
+    master = ", weights in float32" if config.bf16 and config.finetuning == "full" else ""
+    return f"{weights}{'bfloat16' if config.bf16 else 'float32'}{master}"
 
 
 def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:
@@ -345,6 +380,12 @@ def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> 
         resume_step=json.loads((checkpoint / TRAINER_STATE).read_text())["global_step"] if checkpoint else None,
         run_file=output_dir / "swanlab.json",
     )
+
+
+def _variation(config: TrainConfig) -> Variation | None:
+    if not (config.token_corruption or config.augment):
+        return None
+    return Variation(config.token_corruption, config.augment, config.seed)
 
 
 def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: Any) -> FormulaCollator:

@@ -69,11 +69,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
-        frozen = not {"vision", "merger"} & set(self.lora_components)
-        if self.cache_vision_features and not frozen:
-            raise InputError(
-                "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
-            )
+        self._check_vision_cache()
         if self.by_budget and not self.flatten:
             raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
         sharded = bool(self.fsdp or self.deepspeed) or any(
@@ -82,11 +78,12 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.fused_layers is None:
             self.fused_layers = on_gpu and kernels_available()
         if self.fused_loss is None:
-            self.fused_loss = not sharded
+            self.fused_loss = not sharded and self.finetuning == "lora"  # a trained head needs a gradient
         if self.fused_lora is None:
             self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
+            self.fused_lora = self.fused_lora and self.finetuning == "lora"
         if self.cuda_graphs is None:
-            self.cuda_graphs = on_gpu and self.fused_lora and self.flatten
+            self.cuda_graphs = on_gpu and self.flatten and self.no_random_state and self.bf16 and not sharded
         self._check_fast(on_gpu, sharded)
         if self.accelerator_config is None and on_gpu:
             self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
@@ -96,7 +93,22 @@ class TrainConfig(TrainOptions, TrainingArguments):
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
             self._n_gpu = 1  # Trainer would fall back to nn.DataParallel, which is slow and splits our batches wrongly
 
+    def _check_vision_cache(self) -> None:
+        if not self.cache_vision_features:
+            return
+        if self.finetuning == "full" or {"vision", "merger"} & set(self.lora_components):
+            raise InputError("cache_vision_features needs a frozen vision tower, but this training changes it")
+        if self.augment:
+            raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
+
     def _check(self) -> None:
+        if self.init_from_config and self.finetuning == "lora":
+            raise InputError("init_from_config makes random weights: nothing to adapt; add --finetuning full")
+        if not 0 <= self.token_corruption < 1:
+            raise InputError(f"token_corruption is {self.token_corruption}, needs a share from 0 to below 1")
+        for name in ("fused_loss", "fused_lora"):
+            if getattr(self, name) and self.finetuning == "full":
+                raise InputError(f"{name} needs frozen weights, --finetuning full trains them: leave it out")
         if self.early_stopping_patience is not None and not self.val_json:
             raise InputError("early_stopping_patience needs a val_json to watch")
         if self.eval_strategy not in (None, "no") and not self.val_json:
@@ -147,6 +159,11 @@ class TrainConfig(TrainOptions, TrainingArguments):
         return self.best_metric in METRICS and METRICS[self.best_metric].needs_pictures
 
     @property
+    def no_random_state(self) -> bool:
+        """Whether a step draws no random numbers of its own: `fused_lora` makes dropout masks from a seed."""
+        return self.fused_lora or self.finetuning == "full"
+
+    @property
     def by_budget(self) -> bool:
         """Whether a budget of tokens or patches, not a number of samples, says how large a micro-batch is."""
         return self.max_tokens_per_batch is not None or self.max_patches_per_batch is not None
@@ -160,16 +177,15 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 given = getattr(self, f"{name}_kwargs") or {}
                 if given.get("use_reentrant"):
                     raise InputError("use_reentrant: true would train no adapter of the vision tower; leave it out")
-                # no random state to restore with fused_lora: dropout masks are a function of the seed
-                kept = {"preserve_rng_state": False} if self.fused_lora else {}
+                kept = {"preserve_rng_state": False} if self.no_random_state else {}
                 setattr(self, f"{name}_kwargs", {**kept, **given, "use_reentrant": False})
 
     def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
         """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""
         if self.fused_lora and on_gpu and not (self.bf16 and runs_kernels(self.lora_r)):
             raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
-        if self.cuda_graphs and not (on_gpu and self.flatten and self.fused_lora):
-            raise InputError("cuda_graphs needs a GPU, flatten and fused_lora; leave it out")
+        if self.cuda_graphs and not (on_gpu and self.flatten and self.bf16 and self.no_random_state):
+            raise InputError("cuda_graphs needs a GPU, flatten, bf16, and fused_lora or full; leave it out")
         for name in ("fused_loss", "fused_lora", "cuda_graphs"):
             if getattr(self, name) and sharded:
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")

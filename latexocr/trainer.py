@@ -39,7 +39,7 @@ from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
-from latexocr.modeling import inner_model, trusted_placeholders
+from latexocr.modeling import inner_model, save_for_training, save_for_use, trusted_placeholders
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
@@ -47,6 +47,7 @@ from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
 LOSS_METER = "loss_meter.json"
+FINAL = {"lora": "adapter", "full": "model"}  # folder of what a training is for
 STOCK = "sdpa"  # attention for padded batches and for a growing cache
 Collate = Callable[[list[dict]], dict[str, Any]]
 
@@ -108,6 +109,11 @@ class FormulaTrainer(Trainer):
         self.add_callback(_NoInputGradients(self))
 
     # training
+
+    def get_decay_parameter_names(self, model: Any) -> list[str]:
+        """Weights decay, biases and norms do not: told by their shape, because stock Trainer goes by names and
+        misses some (`norm1` of Qwen2.5-VL's vision tower)."""
+        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
 
     def _get_train_sampler(self, train_dataset: FormulaDataset | None = None) -> EpochSampler:
         self._sampler = EpochSampler(
@@ -276,7 +282,7 @@ class FormulaTrainer(Trainer):
             metrics = {f"{metric_key_prefix}_loss": self._validation_loss(dataset)}
         rows = spread(len(dataset), self.args.eval_generate_samples)
         if rows:
-            with self._as_for_inference(STOCK):
+            with self._as_for_inference(STOCK), without_autocast(inner_model(self.model)):
                 answers = self._generate_rows(dataset, rows)
             scores = self._scores(dataset, answers)
             metrics |= {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
@@ -413,9 +419,15 @@ class FormulaTrainer(Trainer):
             self._globalstep_last_logged = meter["since_step"]
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict=state_dict)
+        folder = Path(output_dir or self.args.output_dir)
+        if self.args.finetuning == "lora":
+            super()._save(output_dir, state_dict=state_dict)
+        elif self.args.should_save:
+            save = save_for_training if self.is_in_train else save_for_use
+            save(inner_model(self.model), folder, state_dict)
+            self.processing_class.save_pretrained(folder)
         if self.args.should_save:
-            self.current_contract().save(Path(output_dir or self.args.output_dir))
+            self.current_contract().save(folder)
 
     def current_contract(self) -> Contract:
         """The contract with the step and the evaluation that belong to the weights as they are now."""
@@ -426,6 +438,18 @@ class FormulaTrainer(Trainer):
             return replace(self.contract, training=training)
         training["evaluation"] = evaluations[-1]
         return replace(self.contract, training=training, min_confidence=evaluations[-1].get("eval_min_confidence"))
+
+
+@contextmanager
+def without_autocast(model: Any) -> Iterator[None]:
+    """`model` computes in the type of its weights, as the decoder's memory needs it; accelerate has put a `forward`
+    under autocast in its place."""
+    wrapped = vars(model).pop("forward", None)
+    try:
+        yield
+    finally:
+        if wrapped is not None:
+            model.forward = wrapped
 
 
 def validation_file(output_dir: Path, step: int) -> Path:
@@ -453,8 +477,8 @@ def check_fsdp(fsdp_plugin: Any) -> None:
 
 
 class _Repeatable(TrainerCallback):
-    """What a run needs to repeat itself exactly: the loss meter, and the sampler's epoch (accelerate's wrappers
-    forward `set_epoch` only in some versions)."""
+    """What a run needs to repeat itself exactly: the loss meter, and the epoch of sampler and data (accelerate's
+    wrappers forward `set_epoch` only in some versions)."""
 
     def __init__(self, trainer: FormulaTrainer) -> None:
         self.trainer = trainer
@@ -463,7 +487,9 @@ class _Repeatable(TrainerCallback):
         self.trainer.restore_loss_meter()
 
     def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        self.trainer._sampler.epoch = int((state.epoch or 0) + 1e-6)
+        epoch = int((state.epoch or 0) + 1e-6)
+        self.trainer._sampler.epoch = epoch
+        self.trainer.train_dataset.set_epoch(epoch)
 
 
 class _NoInputGradients(TrainerCallback):

@@ -14,7 +14,7 @@ LAYERS = (
     {"sandbox", "dvi", "tracking_worker", "evaluation"},
     {"pictures", "likeness", "sources", "config", "console", "stopping"},
     {"metrics", "metrics_file", "kernels", "graphs", "memory"},
-    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families"},
+    {"augment", "images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families"},
     {"render", "contract", "attention", "lora"},
     {"layers", "page"},
     {"modeling", "preprocess", "findings"},
