@@ -43,8 +43,8 @@ HEADLINE = {
 # Figures that are no metrics of `latexocr.metrics.scores`.
 OTHER_FIGURES = {
     "calibration_error": "distance of confidence and share right (level 2), mean over 10 bins of equally many answers",
-    "min_confidence": "95% of the right answers are at least as sure; predict warns below it",
-    "wrong_below_min_confidence": "share of the wrong answers that are less sure than that",
+    "min_confidence": "95% of the right answers are at least as sure: below it, a warning is in place",
+    "wrong_found": "share of the wrong answers that are less sure than that",
 }
 # Row values that the gallery shows, filters and sorts by.
 ROW_VALUES = ("exact_match", "token_errors", "edit_distance", "bleu_sentence", "glyph_f1", "picture_match", "renders",

@@ -43,7 +43,7 @@ def test_the_warning_spares_19_of_20_right_answers():
     assert warning_threshold(confidences, [True] * 101) == pytest.approx(0.05)
     found = calibration([*confidences, 0.01, 0.03, 0.6, 0.9], [True] * 101 + [False] * 4)
     assert found["min_confidence"] == pytest.approx(0.05)
-    assert found["wrong_below_min_confidence"] == 0.5
+    assert found["wrong_found"] == 0.5
 
 
 def test_with_few_right_answers_there_is_no_threshold():

@@ -280,7 +280,7 @@ def test_confidence_is_shown(tmp_path, page):
     bins = [{"num_rows": 3, "low": 0.1, "high": 0.5, "confidence": 0.25, "right": 0.5},
             {"num_rows": 2, "low": 0.75, "high": 1.0, "confidence": 0.9, "right": 1.0}]  # fmt: skip
     found = evaluation([("x", "x"), ("y", "x")], reliability=bins)
-    found.metrics.update(calibration_error=0.19, min_confidence=0.3, wrong_below_min_confidence=0.8)
+    found.metrics.update(calibration_error=0.19, min_confidence=0.3, wrong_found=0.8)
     for row, confidence in zip(found.rows, (0.9, 0.25), strict=True):
         row["confidence"] = confidence
     write_report(found, tmp_path / "report.html")
@@ -289,8 +289,8 @@ def test_confidence_is_shown(tmp_path, page):
     assert section.locator("td").all_inner_texts() == [
         "3", "10.0%", "50.0%", "25.0%", "50.0%", "2", "75.0%", "100%", "90.0%", "100%",
     ]  # fmt: skip
-    assert "the mean distance is 19.0%. Below 30.0%, where predict warns, are 5%" in section.inner_text()
-    assert "and 80.0% of the wrong ones" in section.inner_text()
+    assert "the mean distance is 19.0%. A warning below 30.0% strikes 5% of the right" in section.inner_text()
+    assert "and finds 80.0% of the wrong ones" in section.inner_text()
     page.select_option("#choose-sort", "sure")
     assert shown_ids(page) == ["identity_1", "identity_2"]
     assert "confidence 25.0%" in page.locator(".row").last.inner_text()

@@ -168,12 +168,12 @@ const CONFIDENCE_HEAD = ["answers", "confidence from", "to", "mean", "right"];
 /** Whether the answers are right as often as they claim. */
 function confidence() {
   if (!data.confidence) return null;
-  const { bins, calibration_error, min_confidence, wrong_below_min_confidence } = data.confidence;
-  const [size, margin] = [230, 34];
+  const { bins, calibration_error, min_confidence, wrong_found } = data.confidence;
+  const [size, margin] = [230, 44];
   const at = (value) => margin + (size - margin - 6) * value;
   const up = (value) => size - at(value);
   const warned = min_confidence === null ? "Too few answers are right to say from where on to warn."
-    : `Below ${percentage(min_confidence)}, where predict warns, are 5% of the right answers${wrong_below_min_confidence === null ? "" : ` and ${percentage(wrong_below_min_confidence)} of the wrong ones`}.`;
+    : `A warning below ${percentage(min_confidence)} strikes 5% of the right answers${wrong_found === null ? "" : ` and finds ${percentage(wrong_found)} of the wrong ones`}.`;
   return make("section", { "aria-label": "Confidence" },
     make("h2", {}, "Does it know when it is wrong?"),
     make("p", { class: "soft" }, `Answers sorted by confidence, in bins of equally many. On the line they are right (up to spacing and style) as often as they claim; the mean distance is ${percentage(calibration_error)}. ${warned}`),

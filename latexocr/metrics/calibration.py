@@ -72,7 +72,7 @@ def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict[str
 
     Returns:
         `calibration_error`; and where so many answers are right that there is one, `min_confidence` (see
-        `warning_threshold`) and `wrong_below_min_confidence`, the share of the wrong answers that it finds.
+        `warning_threshold`) and `wrong_found`, the share of the wrong answers that it finds.
     """
     if not confidences:
         return {}
@@ -81,7 +81,7 @@ def calibration(confidences: Sequence[float], right: Sequence[bool]) -> dict[str
     if threshold is not None:
         found |= {"min_confidence": threshold}
         share = share_below(confidences, right, threshold)
-        found |= {} if share is None else {"wrong_below_min_confidence": share}
+        found |= {} if share is None else {"wrong_found": share}
     return found
 
 
