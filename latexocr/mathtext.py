@@ -8,6 +8,7 @@ compared with its own only.
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -17,6 +18,8 @@ from latexocr.dvi import POINTS_PER_BIG_POINT, POINTS_PER_INCH, Glyph, Page, Rul
 FONT_SIZE = 10.0
 MAX_CHARACTERS = 3_000  # its time grows with the text, and there is no process to stop
 MAX_DEPTH = 20
+# mathtext takes `x ^ { 2 }`, as data sets write it, for an x with a blank above it, and a 2.
+_BLANKS_AROUND_SCRIPT = re.compile(r"(?<!\\)\s*([\^_])\s*")
 
 
 def boxes(formula: str) -> Page:
@@ -35,6 +38,7 @@ def boxes(formula: str) -> Page:
     from matplotlib.font_manager import FontProperties
     from matplotlib.mathtext import MathTextParser
 
+    formula = _BLANKS_AROUND_SCRIPT.sub(r"\1", formula)
     font = FontProperties(family="STIXGeneral", math_fontfamily="stix", size=FONT_SIZE)
     try:
         # The first letter tells where the baseline is: mathtext rounds the height that it counts from.
