@@ -26,6 +26,7 @@ from latexocr.errors import InputError, MergeMismatch, nearest
 # verb: (module, function, one line of help)
 VERBS = {
     "data2csv": ("latexocr.data2csv", "data2csv", "data set of formula images -> images and data.csv"),
+    "synthesize": ("latexocr.synthesize", "synthesize", "formulas -> pictures and data.csv, as many as wanted"),
     "csv2json": ("latexocr.csv2json", "csv2json", "data.csv -> train.json and val.json"),
     "doctor": ("latexocr.doctor", "doctor", "what is wrong with a data set, before it is trained on"),
     "preview": ("latexocr.preview", "preview", "what the model will see: tokens, labels, picture"),
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: latexocr VERB [--option value ...]\n")
-        print("\n".join(f"  {verb:<10}{line}" for verb, (_, _, line) in VERBS.items()))
+        print("\n".join(f"  {verb:<11}{line}" for verb, (_, _, line) in VERBS.items()))
         print("\n`latexocr VERB --help` lists a verb's options; --debug shows tracebacks.")
         return 0 if argv else 2
     if argv[0] == "--version":

@@ -69,7 +69,14 @@ def engine_available() -> Engine:
     return "latex" if all(map(shutil.which, ("sh", "latex", "dvipng"))) else "mathtext"
 
 
-def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: float = 5.0) -> list[Rendering]:
+def can_typeset() -> bool:
+    """Whether `latex` is here for `render`, which needs no `dvipng`."""
+    return all(map(shutil.which, ("sh", "latex")))
+
+
+def render(
+    formulas: Sequence[str], *, engine: Engine | None = None, seconds: float = 5.0, preamble: str = ""
+) -> list[Rendering]:
     r"""Typeset formulas in display style; a text that fails has `error` set and no boxes.
 
     Around and in the formula, what only a document needs is accepted: a Markdown fence, `$ $`, `\[ \]`, comments,
@@ -80,6 +87,7 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
         formulas: LaTeX texts, trusted or not.
         engine: which program; None takes `engine_available()`.
         seconds: wall time that one formula may take before it is stopped; typical is 0.001.
+        preamble: LaTeX lines before the document, for other fonts; trusted. mathtext has none.
 
     Raises:
         InputError: `engine` is unknown, not installed, or does not run.
@@ -87,8 +95,8 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
     engine = engine or engine_available()
     if engine not in ("latex", "mathtext"):
         raise InputError(f"engine {engine!r} is unknown; use latex or mathtext")
-    if engine == "latex" and engine_available() != "latex":
-        raise InputError("engine latex needs the programs latex and dvipng; install TeX Live, or use mathtext")
+    if engine == "latex" and not can_typeset():
+        raise InputError("engine latex needs the program latex; install TeX Live, or use mathtext")
     done: dict[str, Rendering] = {}
     batch: list[str] = []
     alone: list[str] = []
@@ -101,9 +109,9 @@ def render(formulas: Sequence[str], *, engine: Engine | None = None, seconds: fl
         else:
             (alone if _PROGRAM.search(_bare(text)) else batch).append(text)
     for start in range(0, len(batch), BATCH_SIZE):
-        _typeset(batch[start : start + BATCH_SIZE], seconds, done)
+        _typeset(batch[start : start + BATCH_SIZE], seconds, preamble, done)
     for text in alone:
-        _typeset([text], seconds, done)
+        _typeset([text], seconds, preamble, done)
     return [done[text] for text in formulas]
 
 
@@ -129,6 +137,8 @@ def draw(renderings: Sequence[Rendering], *, dpi: int = 150) -> list[bytes | Non
         if one.engine == "mathtext":
             pictures[one] = mathtext.draw(one.glyphs, one.rules, dpi=dpi)
     by_latex = [one for one in drawable if one.engine == "latex"]
+    if by_latex and not shutil.which("dvipng"):
+        raise InputError("pictures of what latex has set need the program dvipng; install it, or use mathtext")
     for start in range(0, len(by_latex), BATCH_SIZE):
         part = by_latex[start : start + BATCH_SIZE]
         pictures.update(zip(part, _dvipng(part, dpi), strict=True))
@@ -240,7 +250,7 @@ _PACKAGES = ("mathtools", "mathrsfs", "bm", "stmaryrd", "xcolor", "cancel", "dsf
 _PREAMBLE = (
     r"\documentclass{article}\usepackage{amsmath,amssymb}"
     + "".join(rf"\IfFileExists{{{name}.sty}}{{\usepackage{{{name}}}}}{{}}" for name in _PACKAGES)
-    + r"""
+    + r"""%s
 \makeatletter
 \tracinglostchars=3
 \begin{document}
@@ -295,11 +305,11 @@ class _Run(NamedTuple):
     finished: bool
 
 
-def _typeset(formulas: list[str], seconds: float, done: dict[str, Rendering]) -> None:
+def _typeset(formulas: list[str], seconds: float, preamble: str, done: dict[str, Rendering]) -> None:
     """Fill `done`. A formula that stops TeX is taken out; what may have suffered from another one runs again."""
     while formulas:
         places = _with_probes(formulas)
-        run = _run_latex([_PROBE if text is None else text for text in places], seconds)
+        run = _run_latex([_PROBE if text is None else text for text in places], seconds, preamble)
         if run.last < 0:
             reason = run.errors.get(-1, "it says nothing")
             raise InputError(f"latex does not start: {reason}; repair TeX Live, or use engine mathtext")
@@ -313,7 +323,7 @@ def _typeset(formulas: list[str], seconds: float, done: dict[str, Rendering]) ->
             return
         # Known suspect: it alone, then the others. Else one of them spoils the others: halves.
         part = [suspect] if suspect is not None else formulas[: (len(formulas) + 1) // 2]
-        _typeset(part, seconds, done)
+        _typeset(part, seconds, preamble, done)
         formulas = [text for text in formulas if text not in done]
 
 
@@ -341,14 +351,18 @@ def _accept(places: list[str | None], run: _Run, done: dict[str, Rendering]) -> 
     return num_good
 
 
-def _run_latex(formulas: list[str], seconds: float) -> _Run:
+def _run_latex(formulas: list[str], seconds: float, preamble: str) -> _Run:
     # Neither the file's name nor the marker can be guessed by a formula.
     name, nonce = secrets.token_hex(8), secrets.token_hex(8)
     lines = [
         rf"\csname lx@begin\endcsname{{{place}}}$\displaystyle{{{_bare(formula)}}}$\csname lx@end\endcsname"
         for place, formula in enumerate(formulas)
     ]
-    body = _PREAMBLE + _COMMANDS.replace("NONCE", nonce) + "\n\n".join([*lines, "\\csname lx@finish\\endcsname\n"])
+    body = (
+        _PREAMBLE % preamble
+        + _COMMANDS.replace("NONCE", nonce)
+        + "\n\n".join([*lines, "\\csname lx@finish\\endcsname\n"])
+    )
     with tempfile.TemporaryDirectory(prefix="latexocr-") as folder:
         Path(folder, f"{name}.tex").write_text(body, encoding="utf-8", errors="replace")
         command = ["latex", "-no-shell-escape", "-interaction=nonstopmode", "-jobname=out", f"{name}.tex"]

@@ -313,7 +313,7 @@ def _image_row(image: dict | bytes | str | None, text: object, folder: Path) -> 
 
 def _open_labels(file: Path) -> Source:
     """A labels file is read once before any work: broken line 5,000 must not be found after 4,999 images."""
-    read = _jsonl_records if file.suffix == ".jsonl" else csv_records
+    read = jsonl_records if file.suffix == ".jsonl" else csv_records
     image_column = text_column = None
     num_rows = 0
     images = hashlib.sha256()
@@ -338,7 +338,7 @@ def _image_file(name: object, folder: Path) -> str | None:
     return str(folder / name) if isinstance(name, str) and name.strip() else None
 
 
-def _jsonl_records(file: Path) -> Iterator[dict]:
+def jsonl_records(file: Path) -> Iterator[dict]:
     with file.open(encoding="utf-8-sig", newline="\n") as lines:
         try:
             for number, line in enumerate(lines, 1):

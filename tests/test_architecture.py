@@ -11,13 +11,13 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {"sandbox", "dvi", "tracking_worker", "evaluation"},
+    {"sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers"},
     {"pictures", "likeness", "sources", "config", "console", "stopping"},
-    {"metrics", "metrics_file", "kernels", "graphs", "memory"},
-    {"augment", "images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families"},
+    {"metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
+    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary"},
     {"render", "contract", "attention", "lora"},
-    {"layers", "page"},
-    {"modeling", "preprocess", "findings"},
+    {"layers", "page", "rasterize"},
+    {"modeling", "preprocess", "findings", "synthesize"},
     {"collate", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
     {"decoding", "run_folder"},
     {"generate"},

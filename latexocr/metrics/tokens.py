@@ -53,6 +53,11 @@ def tokenize(latex: str) -> list[str]:
     return tokens
 
 
+def token_spans(latex: str) -> list[tuple[int, int]]:
+    """Start and end of each token of `tokenize` in the text."""
+    return [match.span() for match in _TOKEN.finditer(latex)]
+
+
 def level0(latex: str) -> list[str]:
     """The tokens of the formula itself: without Markdown fence, comments, labels and math delimiters."""
     fenced = _FENCE.fullmatch(latex) if "```" in latex else None

@@ -1,0 +1,302 @@
+r"""Pictures of formulas with their texts, as many as wanted: texts of a file or of our grammar, typeset and drawn.
+
+Why: real pictures with labels are few and always of somebody else's field. Whoever has formulas of a field has
+training data for it; and a formula whose letters are exchanged at random (`--vary`) can be used many times.
+
+    latexocr synthesize --output-dir data/mine --formulas formulas.txt --num-images 100000 --vary 0.3
+    latexocr csv2json --csv data/mine/data.csv --train-json data/train.json --val-json data/val.json
+
+Texts are handled as programs of strangers, as in `latexocr.render`. The work is cut into chunks, one run of TeX and
+one font each; every choice depends on the seed and the number of the chunk or picture alone, so the output is the
+same for any number of workers.
+"""
+
+from __future__ import annotations
+
+import csv
+import logging
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import numpy as np
+
+from latexocr.errors import InputError
+from latexocr.metrics import normalize
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+    from latexocr.render import Rendering
+    from latexocr.styles import Style
+
+logger = logging.getLogger(__name__)
+
+CHUNK_PICTURES = {"latex": 500, "mathtext": 50}  # TeX takes 0.1 s to start, mathtext 0.02 s a formula
+FOLDER_PICTURES = 5_000
+
+
+@dataclass(frozen=True)
+class SynthesizeResult:
+    """What became of every picture: `num_images == num_drawn + sum(rejected.values())`."""
+
+    csv: Path
+    rejected_csv: Path
+    num_images: int
+    num_drawn: int
+    rejected: dict[str, int]
+
+    def __str__(self) -> str:
+        line = f"{self.csv}: {self.num_drawn} pictures"
+        if not self.rejected:
+            return line
+        reasons = ", ".join(f"{number} {reason}" for reason, number in list(self.rejected.items())[:5])
+        return f"{line}; {self.rejected_csv}: {sum(self.rejected.values())} formulas not drawn ({reasons})"
+
+
+class _Chunk(NamedTuple):
+    """The part of the work that one worker does at a time; the options are the same for every chunk."""
+
+    number: int
+    first_picture: int
+    texts: list[str]
+    options: _Options
+
+
+class _Options(NamedTuple):
+    output_dir: Path
+    vary: float
+    style: str
+    engine: Literal["latex", "mathtext"]
+    augment: bool
+    label: Literal["canonical", "as_is"]
+    max_tokens: int
+    seed: int
+
+
+def synthesize(
+    *,
+    output_dir: Path,
+    formulas: Path | None = None,
+    num_images: int | None = None,
+    vary: float = 0.0,
+    style: Literal["im2latex", "print", "scan", "chalk"] = "print",
+    engine: Literal["latex", "mathtext"] | None = None,
+    augment: bool = True,
+    label: Literal["canonical", "as_is"] = "canonical",
+    max_tokens: int = 150,
+    workers: int | None = None,
+    seed: int = 0,
+) -> SynthesizeResult:
+    """Pictures of formulas -> images/, data.csv (image_path,text) and rejected.csv.
+
+    Args:
+        output_dir: Folder to write.
+        formulas: Texts to typeset: one a line (.txt), or the text column of .csv, .tsv, .jsonl or .parquet, or
+            the answers of a train.json; without it, our grammar writes them.
+        num_images: Number of pictures; more than there are texts takes each several times. Without it, one for
+            each text, or 1000 of the grammar.
+        vary: Probability that a letter, digit or symbol is exchanged for another of its kind, in text and picture.
+        style: What the pictures look like.
+        engine: Program that typesets; without it, latex where it is installed. mathtext knows less LaTeX.
+        augment: Damage the pictures as the style says (blur, noise, ...).
+        label: canonical is the text's tokens in the spelling of normalize(text, level=1), joined by blanks.
+        max_tokens: Most tokens of a label; longer formulas are rejected.
+        workers: Processes; without it, one a core.
+        seed: Another seed gives other choices.
+
+    Raises:
+        InputError: the folder holds a data.csv already, a file cannot be read, TeX does not run.
+    """
+    from tqdm.auto import tqdm
+
+    from latexocr.workers import ordered_map
+
+    _check(output_dir, num_images, vary, workers)
+    options = _Options(output_dir.absolute(), vary, style, _engine(engine), augment, label, max_tokens, seed)
+    texts = read_formulas(formulas) if formulas else None
+    num_images = num_images or (len(texts) if texts else 1000)
+    chunks = _chunks(texts, num_images, options)
+    num_workers = workers or os.cpu_count() or 1
+    rejected: Counter[str] = Counter()
+    num_drawn = 0
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tables = [output_dir / "data.csv", output_dir / "rejected.csv"]
+    partial = [table.with_name(f"{table.name}.partial") for table in tables]
+    with (
+        partial[0].open("w", encoding="utf-8", newline="") as data_file,
+        partial[1].open("w", encoding="utf-8", newline="") as rejected_file,
+        tqdm(total=num_images, unit="picture", desc="synthesize") as bar,
+    ):
+        data, refused = csv.writer(data_file), csv.writer(rejected_file)
+        data.writerow(["image_path", "text"])
+        refused.writerow(["text", "reason"])
+        for drawn, failed in ordered_map(draw_chunk, chunks, num_workers=num_workers):
+            data.writerows(drawn)
+            refused.writerows(failed)
+            num_drawn += len(drawn)
+            rejected.update(_kind(reason) for _, reason in failed)
+            bar.update(len(drawn) + len(failed))
+    for source, target in zip(partial, tables, strict=True):
+        source.replace(target)
+    return SynthesizeResult(*tables, num_images, num_drawn, dict(rejected.most_common()))
+
+
+def _check(output_dir: Path, num_images: int | None, vary: float, workers: int | None) -> None:
+    if (output_dir / "data.csv").exists():
+        raise InputError(f"{output_dir} holds a data.csv already; choose another --output-dir or remove it")
+    for name, number in (("num_images", num_images), ("workers", workers)):
+        if number is not None and number < 1:
+            raise InputError(f"{name} {number} is less than 1")
+    if not 0 <= vary <= 1:
+        raise InputError(f"vary {vary} is no probability; give 0 to 1")
+
+
+def _engine(engine: str | None) -> str:
+    from latexocr.render import can_typeset
+
+    return engine or ("latex" if can_typeset() else "mathtext")
+
+
+def _kind(reason: str) -> str:
+    """Reasons are counted without what differs from formula to formula."""
+    return reason.split(":")[0].split("\\")[0].strip()
+
+
+# --- texts --------------------------------------------------------------------------------------------------------
+
+
+def read_formulas(file: Path) -> list[str]:
+    """The texts of a file in any of the formats that other stages read, or one a line.
+
+    Raises:
+        InputError: no such column, no texts, malformed.
+    """
+    texts = [text for text in _texts(file) if text.strip()]
+    if not texts:
+        raise InputError(f"{file}: no formulas")
+    return texts
+
+
+def _texts(file: Path) -> Iterator[str]:
+    from latexocr.sources import csv_records, jsonl_records
+
+    if file.suffix == ".json":
+        from latexocr.records import read_records
+
+        yield from (record.answer for record in read_records(file))
+    elif file.suffix == ".parquet":
+        import pyarrow.parquet
+
+        column = _text_column(pyarrow.parquet.read_schema(file).names, file)
+        yield from pyarrow.parquet.read_table(file, columns=[column])[column].to_pylist()
+    elif file.suffix in (".csv", ".tsv", ".jsonl"):
+        for record in (jsonl_records if file.suffix == ".jsonl" else csv_records)(file):
+            yield record[_text_column(list(record), file)]
+    else:
+        try:
+            yield from file.read_text(encoding="utf-8-sig").split("\n")
+        except UnicodeDecodeError as error:
+            raise InputError(f"{file}: not UTF-8 ({error.reason}); convert it to UTF-8") from error
+
+
+def _text_column(names: list[str], file: Path) -> str:
+    from latexocr.sources import TEXT_COLUMNS
+
+    for name in TEXT_COLUMNS:
+        if name in names:
+            return name
+    raise InputError(f"{file}: no text column ({', '.join(TEXT_COLUMNS)}) among its columns {', '.join(names)}")
+
+
+def _chunks(texts: Sequence[str] | None, num_images: int, options: _Options) -> Iterator[_Chunk]:
+    """Every text once in random order, then again in another, until there are enough."""
+    size = CHUNK_PICTURES[options.engine]
+    order = np.arange(0)
+    for number, first in enumerate(range(0, num_images, size)):
+        part: list[str] = []
+        for picture in range(first, min(first + size, num_images)):
+            round_, place = divmod(picture, len(texts))
+            if place == 0:
+                order = np.random.default_rng([options.seed, _ORDER, round_]).permutation(len(texts))
+            part.append(texts[order[place]])
+        yield _Chunk(number, first, part, options)
+
+
+_ORDER, _CHUNK, _PICTURE = range(3)  # first number of the seeds of choices
+
+
+# --- one chunk ----------------------------------------------------------------------------------------------------
+
+
+def draw_chunk(chunk: _Chunk) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Write a chunk's pictures; returns rows of (image path, text) and of (text, reason)."""
+    from latexocr.render import render
+    from latexocr.styles import FONTS, style_named
+
+    options = chunk.options
+    style = style_named(options.style)
+    numbers = range(chunk.first_picture, chunk.first_picture + len(chunk.texts))
+    generators = [np.random.default_rng([options.seed, _PICTURE, number]) for number in numbers]
+    texts = [_varied(text, options.vary, rng) for text, rng in zip(chunk.texts, generators, strict=True)]
+    font = np.random.default_rng([options.seed, _CHUNK, chunk.number]).choice(style.fonts)
+    renderings = render(texts, engine=options.engine, preamble=FONTS[font])
+    drawn, failed = [], []
+    for number, text, rendering, rng in zip(numbers, texts, renderings, generators, strict=True):
+        path = f"images/{number // FOLDER_PICTURES:04d}/{number:08d}.png"
+        try:
+            label = _label(text, options)
+            _store(_drawn(rendering, style, rng, options), options.output_dir / path, style.levels)
+        except InputError as error:
+            failed.append((text, str(error)))
+        else:
+            drawn.append((path, label))
+    return drawn, failed
+
+
+def _varied(text: str, probability: float, rng: np.random.Generator) -> str:
+    from latexocr.vary import vary
+
+    return vary(text, probability, rng) if probability else text
+
+
+def _label(text: str, options: _Options) -> str:
+    canonical = normalize(text, level=1)
+    num_tokens = len(canonical.split())
+    if not num_tokens:
+        raise InputError("empty label")
+    if num_tokens > options.max_tokens:
+        raise InputError(f"more than {options.max_tokens} tokens: {num_tokens}")
+    return canonical if options.label == "canonical" else text
+
+
+def _drawn(rendering: Rendering, style: Style, rng: np.random.Generator, options: _Options) -> Image.Image:
+    from latexocr.augment import augment
+    from latexocr.pictures import check_size
+    from latexocr.rasterize import picture
+
+    if rendering.error:
+        raise InputError(rendering.error)
+    image = picture(rendering, style, rng)
+    if options.augment:
+        image = augment(image, options.style, rng)
+    problem = check_size(*image.size)
+    if problem:
+        raise InputError(problem)
+    return image
+
+
+def _store(image: Image.Image, path: Path, levels: int) -> None:
+    """A PNG of so many levels of grey; up to four of them take two bits a pixel."""
+    from PIL import Image
+
+    if levels <= 4:
+        step = 255 / (levels - 1)
+        image = image.point([round(level / step) for level in range(256)])
+        image = Image.frombytes("P", image.size, image.tobytes())
+        image.putpalette([round(index * step) for index in range(levels) for _ in range(3)])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path, "PNG", compress_level=3, **({"bits": 2} if levels <= 4 else {}))
