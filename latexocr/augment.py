@@ -11,7 +11,7 @@ import io
 from collections.abc import Callable
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageChops, ImageFilter
 
 from latexocr.styles import style_named
 
@@ -38,7 +38,7 @@ def augment(image: Image.Image, style: str, rng: np.random.Generator) -> Image.I
 
 def _shift(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
     """Moved by up to `amount` pixels each way, without losing ink."""
-    box = image.point(_INVERTED).getbbox() or (0, 0, *image.size)
+    box = ImageChops.invert(image).getbbox() or (0, 0, *image.size)
     most = round(amount)
     x = int(rng.integers(-min(most, box[0]), min(most, image.width - box[2]) + 1))
     y = int(rng.integers(-min(most, box[1]), min(most, image.height - box[3]) + 1))
@@ -53,9 +53,10 @@ def _scale(image: Image.Image, amount: float, rng: np.random.Generator) -> Image
 
 
 def _weight(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
-    """Bolder by a part of a pixel on each side, or thinner if negative."""
-    grown = image.filter(ImageFilter.MinFilter(3) if amount > 0 else ImageFilter.MaxFilter(3))
-    return Image.blend(image, grown, abs(amount))
+    """Bolder by a part of a pixel, or thinner if negative: mixed with itself grown to the right and down."""
+    join = ImageChops.darker if amount > 0 else ImageChops.lighter
+    grown = join(image, ImageChops.offset(image, 1, 0))
+    return Image.blend(image, join(grown, ImageChops.offset(grown, 0, 1)), abs(amount))
 
 
 def _contrast(image: Image.Image, amount: float, rng: np.random.Generator) -> Image.Image:
@@ -141,8 +142,6 @@ def _field(size: tuple[int, int], cells: int, rng: np.random.Generator) -> np.nd
 def _grey(values: np.ndarray) -> Image.Image:
     return Image.fromarray(values.clip(0, 255).astype(np.uint8))
 
-
-_INVERTED = [WHITE - level for level in range(256)]
 
 EFFECTS: dict[str, Callable[[Image.Image, float, np.random.Generator], Image.Image]] = {
     "shift": _shift,

@@ -8,6 +8,7 @@ compared with its own only.
 from __future__ import annotations
 
 import io
+import logging
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -18,8 +19,8 @@ from latexocr.dvi import POINTS_PER_BIG_POINT, POINTS_PER_INCH, Glyph, Page, Rul
 FONT_SIZE = 10.0
 MAX_CHARACTERS = 3_000  # its time grows with the text, and there is no process to stop
 MAX_DEPTH = 20
-# mathtext takes `x ^ { 2 }`, as data sets write it, for an x with a blank above it, and a 2.
-_BLANKS_AROUND_SCRIPT = re.compile(r"(?<!\\)\s*([\^_])\s*")
+_BLANKS_AROUND_SCRIPT = re.compile(r"(?<!\\)\s+(?=[_^'])|(?<=[_^])(?<!\\[_^])\s+")
+_FRACTION_OR_BRACE = re.compile(r"(\\frac(?![A-Za-z])|\\.|[{}])")
 
 
 def boxes(formula: str) -> Page:
@@ -38,11 +39,11 @@ def boxes(formula: str) -> Page:
     from matplotlib.font_manager import FontProperties
     from matplotlib.mathtext import MathTextParser
 
-    formula = _BLANKS_AROUND_SCRIPT.sub(r"\1", formula)
+    logging.getLogger("matplotlib.mathtext").setLevel(logging.ERROR)  # it tells of every accent that leaves room
     font = FontProperties(family="STIXGeneral", math_fontfamily="stix", size=FONT_SIZE)
     try:
         # The first letter tells where the baseline is: mathtext rounds the height that it counts from.
-        page = MathTextParser("path").parse(rf"$\mathrm{{A}}{{{formula}}}$", dpi=72, prop=font)
+        page = MathTextParser("path").parse(rf"$\mathrm{{A}}{{{_spelled(formula)}}}$", dpi=72, prop=font)
     except Exception as error:  # whatever a parser of strangers' texts raises, the formula does not render
         raise ValueError(_reason(error)) from error
     baseline = page.glyphs[0][-1]
@@ -58,6 +59,20 @@ def boxes(formula: str) -> Page:
         )
     rules = [Rule(*(float(side * scale) for side in (x, y - baseline, w, h))) for x, y, w, h in page.rects]
     return tuple(glyphs), tuple(rules)
+
+
+def _spelled(formula: str) -> str:
+    r"""As mathtext wants it: no blanks around `_` and `^`, which it would take for the script; `\dfrac` for fractions
+    outside of any group, because it has no display style.
+
+    >>> print(_spelled(r"\sum _ { i } \frac { a } { b }"))
+    \sum_{ i } \dfrac { a } { b }
+    """
+    depth, parts = 0, []
+    for part in _FRACTION_OR_BRACE.split(_BLANKS_AROUND_SCRIPT.sub("", formula)):
+        depth += (part == "{") - (part == "}")
+        parts.append(r"\dfrac" if part == r"\frac" and not depth else part)
+    return "".join(parts)
 
 
 def _depth(formula: str) -> int:

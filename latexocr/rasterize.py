@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageFont
+from PIL import Image, ImageDraw, ImageFont
 
 from latexocr.dvi import POINTS_PER_INCH, Rule
 from latexocr.errors import InputError
@@ -178,11 +178,19 @@ def _glyph(
 def _large_glyph(engine: Engine, font: str, size_px: float, code: int, weight: int) -> _Bitmap | None:
     face, codes = _face(engine, font, size_px)
     character = chr(code) if codes is None else codes[code]
-    mask, (left, top) = face.getmask2(character, mode="L", anchor="ls")
-    box = mask.getbbox()
+    left, top, right, bottom = face.getbbox(character, anchor="ls")
+    if right <= left or bottom <= top:
+        return None
+    image = Image.new("L", (right - left, bottom - top))
+    if character == "\n":  # TeX's code of Omega; text() would begin a line
+        mask = face.getmask(character, "L", anchor="ls")
+        image.paste(Image.fromarray(np.array(mask, np.uint8).reshape(mask.size[::-1])))
+    else:
+        ImageDraw.Draw(image).text((-left, -top), character, 255, face, anchor="ls")
+    box = image.getbbox()
     if box is None:
         return None
-    coverage = np.array(mask, np.uint8).reshape(mask.size[1], mask.size[0])[box[1] : box[3], box[0] : box[2]]
+    coverage = np.asarray(image.crop(box))
     left, top = left + box[0], top + box[1]
     if weight:
         coverage = _bolder(coverage, weight)

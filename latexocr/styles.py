@@ -129,16 +129,17 @@ STYLES = {
     ),
     "chalk": Style(
         dpi=(140, 150, 160, 170),
-        weights=(3, 4, 5),
-        jitter=0.25,
+        weights=(3, 4, 5, 6),
+        jitter=0.2,
         margins=(12, 24),
+        levels=16,
         effects=(
             Effect("elastic", 1.0, 1.5, 3.5),
             Effect("rotate", 0.7, -3.0, 3.0),
-            Effect("rough", 1.0, 0.35, 0.6),
-            Effect("blur", 1.0, 0.4, 0.7),
+            Effect("rough", 1.0, 0.3, 0.6),
+            Effect("blur", 1.0, 0.3, 0.6),
             Effect("board", 1.0, 25, 75),
-            Effect("noise", 1.0, 4, 9),
+            Effect("noise", 1.0, 3, 6),
         ),
     ),
 }

@@ -61,8 +61,8 @@ class _Chunk(NamedTuple):
     """The part of the work that one worker does at a time; the options are the same for every chunk."""
 
     number: int
-    first_picture: int
-    texts: list[str]
+    pictures: range
+    texts: list[str] | None
     options: _Options
 
 
@@ -213,17 +213,17 @@ def _text_column(names: list[str], file: Path) -> str:
 
 
 def _chunks(texts: Sequence[str] | None, num_images: int, options: _Options) -> Iterator[_Chunk]:
-    """Every text once in random order, then again in another, until there are enough."""
+    """Every text once in random order, then again in another, until there are enough; None: of the grammar."""
     size = CHUNK_PICTURES[options.engine]
     order = np.arange(0)
     for number, first in enumerate(range(0, num_images, size)):
-        part: list[str] = []
-        for picture in range(first, min(first + size, num_images)):
-            round_, place = divmod(picture, len(texts))
+        numbers = range(first, min(first + size, num_images))
+        part: list[str] | None = None if texts is None else []
+        for round_, place in (divmod(picture, len(texts)) for picture in numbers if texts):
             if place == 0:
                 order = np.random.default_rng([options.seed, _ORDER, round_]).permutation(len(texts))
             part.append(texts[order[place]])
-        yield _Chunk(number, first, part, options)
+        yield _Chunk(number, numbers, part, options)
 
 
 _ORDER, _CHUNK, _PICTURE = range(3)  # first number of the seeds of choices
@@ -239,13 +239,13 @@ def draw_chunk(chunk: _Chunk) -> tuple[list[tuple[str, str]], list[tuple[str, st
 
     options = chunk.options
     style = style_named(options.style)
-    numbers = range(chunk.first_picture, chunk.first_picture + len(chunk.texts))
-    generators = [np.random.default_rng([options.seed, _PICTURE, number]) for number in numbers]
-    texts = [_varied(text, options.vary, rng) for text, rng in zip(chunk.texts, generators, strict=True)]
+    generators = [np.random.default_rng([options.seed, _PICTURE, number]) for number in chunk.pictures]
+    texts = chunk.texts or [_of_grammar(rng, options) for rng in generators]
+    texts = [_varied(text, options.vary, rng) for text, rng in zip(texts, generators, strict=True)]
     font = np.random.default_rng([options.seed, _CHUNK, chunk.number]).choice(style.fonts)
     renderings = render(texts, engine=options.engine, preamble=FONTS[font])
     drawn, failed = [], []
-    for number, text, rendering, rng in zip(numbers, texts, renderings, generators, strict=True):
+    for number, text, rendering, rng in zip(chunk.pictures, texts, renderings, generators, strict=True):
         path = f"images/{number // FOLDER_PICTURES:04d}/{number:08d}.png"
         try:
             label = _label(text, options)
@@ -255,6 +255,12 @@ def draw_chunk(chunk: _Chunk) -> tuple[list[tuple[str, str]], list[tuple[str, st
         else:
             drawn.append((path, label))
     return drawn, failed
+
+
+def _of_grammar(rng: np.random.Generator, options: _Options) -> str:
+    from latexocr.grammar import formulas
+
+    return next(formulas(rng, max_tokens=options.max_tokens, tex=options.engine == "latex"))
 
 
 def _varied(text: str, probability: float, rng: np.random.Generator) -> str:
@@ -290,13 +296,15 @@ def _drawn(rendering: Rendering, style: Style, rng: np.random.Generator, options
 
 
 def _store(image: Image.Image, path: Path, levels: int) -> None:
-    """A PNG of so many levels of grey; up to four of them take two bits a pixel."""
+    """A PNG of so many levels of grey; 16 take four bits a pixel, 4 take two."""
     from PIL import Image
 
-    if levels <= 4:
+    options = {}
+    if levels < 256:
         step = 255 / (levels - 1)
         image = image.point([round(level / step) for level in range(256)])
         image = Image.frombytes("P", image.size, image.tobytes())
-        image.putpalette([round(index * step) for index in range(levels) for _ in range(3)])
+        image.putpalette([round(index * step) for index in range(levels) for _ in "RGB"])
+        options["bits"] = (levels - 1).bit_length()
     path.parent.mkdir(parents=True, exist_ok=True)
-    image.save(path, "PNG", compress_level=3, **({"bits": 2} if levels <= 4 else {}))
+    image.save(path, "PNG", compress_level=3, **options)
