@@ -25,7 +25,8 @@ step "2/7 data2csv: chalk on a blackboard -> images and data.csv"
 step "3/7 csv2json: data.csv -> train.json and val.json, no formula on both sides; doctor: what could harm a training"
 "$latexocr" csv2json --csv "$out/data/data.csv" --train-json "$out/data/train.json" \
     --val-json "$out/data/val.json" --val-size 80
-"$latexocr" doctor --data "$out/data/train.json" --val-data "$out/data/val.json" --html "$out/doctor.html"
+"$latexocr" doctor --data "$out/data/train.json" --val-data "$out/data/val.json" --model data/base \
+    --html "$out/doctor.html"
 
 step "4/7 evaluate: the base model on chalk"
 if [ ! -f "$out/before/metrics.json" ]; then
@@ -40,13 +41,13 @@ if [ ! -f "$out/run/adapter/latexocr.json" ]; then
         --val_json "$out/data/val.json" --output_dir "$out/run" "${resume[@]}"
 fi
 
-step "6/7 evaluate: base and adapter on chalk; score: against the base"
+step "6/7 evaluate: base and adapter on chalk; score: row by row against the base alone"
 if [ ! -f "$out/after/metrics.json" ]; then
     "$latexocr" evaluate --model "$out/run/adapter" --data "$out/data/val.json" --output-dir "$out/after" \
         --max-new-tokens 64 --no-pictures >/dev/null
 fi
 "$latexocr" score --predictions "$out/after/predictions.jsonl" --baseline "$out/before/predictions.jsonl" \
-    --output-dir "$out/after"
+    --output-dir "$out/after" >/dev/null
 
 step "7/7 merge: adapter -> stand-alone checkpoint; predict: one picture with it"
 if [ ! -f "$out/merged/config.json" ]; then

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import re
 import shlex
+from importlib.metadata import version
 
 import pytest
 import yaml
@@ -24,10 +25,10 @@ def rows() -> list[dict[str, str]]:
 
 
 def test_the_chalk_sample_is_whole_small_and_dark():
-    assert len(rows()) == 320
+    assert len(rows()) == 400
     pictures = sorted(str(path.relative_to(CHALK)) for path in CHALK.rglob("*.png"))
     assert sorted(row["image_path"] for row in rows()) == pictures
-    assert sum(path.stat().st_size for path in CHALK.rglob("*") if path.is_file()) < 2e6
+    assert sum(path.stat().st_size for path in CHALK.rglob("*") if path.is_file()) < 1.2e6
     lengths = [len(row["text"].split()) for row in rows()]
     assert min(lengths) >= 1 and max(lengths) <= 25
     assert all(row["text"] == normalize(row["text"], level=1) for row in rows())
@@ -35,6 +36,23 @@ def test_the_chalk_sample_is_whole_small_and_dark():
         with Image.open(CHALK / row["image_path"]) as picture:
             histogram = picture.convert("L").histogram()
         assert sum(histogram[:128]) > 0.75 * sum(histogram), row  # the board is dark
+
+
+def test_the_command_of_its_readme_makes_the_sample(tmp_path):
+    """The first chunk of it: 50 pictures."""
+    from latexocr.cli import main
+
+    (command,) = re.findall(r"^    latexocr (synthesize .*)$", (CHALK / "README.md").read_text(), re.MULTILINE)
+    assert "--num-images 400 " in command
+    words = shlex.split(command.replace("data/chalk", str(tmp_path)).replace("400", "50"))
+    assert main(words) == 0
+    made = (tmp_path / "data.csv").read_text(encoding="utf-8").splitlines()
+    assert len(made) == 51 and made == (CHALK / "data.csv").read_text(encoding="utf-8").splitlines()[:51]
+    if version("matplotlib") != "3.11.2":
+        pytest.skip("the bundled pictures were drawn with matplotlib 3.11.2")
+    for row in rows()[:50]:
+        with Image.open(tmp_path / row["image_path"]) as ours, Image.open(CHALK / row["image_path"]) as bundled:
+            assert ours.convert("L").tobytes() == bundled.convert("L").tobytes(), row
 
 
 def test_its_commands_parse(tmp_path):
