@@ -42,6 +42,8 @@ class Contract:
         image_policy: how pictures were prepared.
         end_token: what ends an answer.
         hub: where `base_model` comes from when it is a hub id.
+        min_confidence: answers below it are probably wrong (`latexocr.metrics.calibration`); None where too few
+            validation answers were right to say.
         training: facts about the run (step, samples, scores), for people.
         versions: package versions that wrote it.
     """
@@ -53,6 +55,7 @@ class Contract:
     image_policy: ImagePolicy
     end_token: str
     hub: str = "modelscope"
+    min_confidence: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=_versions)
 

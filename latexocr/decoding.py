@@ -15,12 +15,12 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import linear, pad, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, linear, pad, scaled_dot_product_attention
 from transformers import AttentionInterface, GenerationConfig
 from transformers.vision_utils import get_vision_position_ids
 
@@ -44,6 +44,13 @@ MEMORY_SHARE = 0.5  # of the free GPU memory may hold keys and values
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 Normalise = Callable[[torch.Tensor], torch.Tensor]
 logger = logging.getLogger(__name__)
+
+
+class Answer(NamedTuple):
+    """What was decoded: token ids up to and with the end token, and the sum of their losses, -ln p, in the model."""
+
+    ids: list[int]
+    loss: float
 
 
 @contextmanager
@@ -118,10 +125,8 @@ class Decoder:
         self._captures = self._device.type == "cuda"
 
     @torch.no_grad()
-    def __call__(
-        self, batches: Sequence[dict[str, torch.Tensor]], normalise: Normalise | None = None
-    ) -> list[list[int]]:
-        """Token ids of one answer a row: up to and with the end token, or `max_new_tokens` of them.
+    def __call__(self, batches: Sequence[dict[str, torch.Tensor]], normalise: Normalise | None = None) -> list[Answer]:
+        """One answer a row: up to and with the end token, or `max_new_tokens` long.
 
         Args:
             batches: prompts, each batch collated (rows, length) with one image a row; decoded together as far as
@@ -132,7 +137,7 @@ class Decoder:
         self._normalise = normalise or (lambda pixel_values: pixel_values)
         prompts = [prompt for batch in batches for prompt in _prompts(batch, self._merge_size)]
         on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
-        answers: list[list[int]] = []
+        answers: list[Answer] = []
         with on_device, self._set_up(), sdpa_kernel(BACKENDS):
             while len(answers) < len(prompts):
                 answers += self._decode(self._take(prompts[len(answers) :]))
@@ -188,6 +193,7 @@ class Decoder:
         self._tokens, self._positions, self._row_ids = (torch.zeros(rows, **options) for _ in range(3))
         self._finished = torch.zeros(rows, dtype=torch.bool, device=self._device)
         self._answers = torch.zeros(rows + 1, length, **options)
+        self._losses = torch.zeros(rows + 1, length, device=self._device)
         self._column = torch.zeros(1, **options)
 
     def _size_for(self, num_rows: int) -> int:
@@ -201,7 +207,7 @@ class Decoder:
 
     # decoding
 
-    def _decode(self, prompts: list[dict[str, torch.Tensor]]) -> list[list[int]]:
+    def _decode(self, prompts: list[dict[str, torch.Tensor]]) -> list[Answer]:
         cache = self._cache
         length = self._prefill(prompts)
         cache.rows, cache.capacity = self._size_for(len(prompts)), self._capacity_for(length)
@@ -221,7 +227,10 @@ class Decoder:
         answers = self._answers[: len(prompts), :produced]
         ended = (answers[..., None] == self._ends).any(-1)
         lengths = torch.where(ended.any(1), ended.int().argmax(1) + 1, produced)
-        return [row[:end] for row, end in zip(answers.tolist(), lengths.tolist(), strict=True)]
+        behind = torch.arange(produced, device=self._device) >= lengths[:, None]
+        losses = self._losses[: len(prompts), :produced].masked_fill(behind, 0).sum(1, dtype=torch.float64)
+        rows = zip(answers.tolist(), lengths.tolist(), losses.tolist(), strict=True)
+        return [Answer(row[:end], loss) for row, end, loss in rows]
 
     def _capacity_for(self, length: int) -> int:
         """Columns that attention reads, with room behind `length`."""
@@ -293,12 +302,16 @@ class Decoder:
         return tensor.to(self._device, non_blocking=True)
 
     def _emit(self, logits: torch.Tensor, rows: slice) -> None:
-        """Take the best token of each row, (rows, vocabulary) -> `_tokens` and `_answers`."""
-        tokens = logits.argmax(-1).masked_fill(self._finished[rows], self._pad)
+        """Take the best token of each row, (rows, vocabulary) -> `_tokens`, `_answers` and `_losses`."""
+        best = logits.argmax(-1)
+        tokens = best.masked_fill(self._finished[rows], self._pad)
         self._finished[rows] |= (tokens[:, None] == self._ends).any(1)
         self._tokens[rows] = tokens
         ids = self._row_ids[rows]
-        self._answers.index_put_((ids, self._column.expand_as(ids)), tokens)
+        place = ids, self._column.expand_as(ids)
+        self._answers.index_put_(place, tokens)
+        # -ln p in one pass over the vocabulary, which is float32 inside: nothing of the logits' size is converted
+        self._losses.index_put_(place, cross_entropy(logits, best, reduction="none").float())
 
     def _step(self) -> None:
         """One more token in every row; nothing in here waits for the GPU."""

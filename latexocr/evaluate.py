@@ -98,7 +98,8 @@ def score_file(
 
     Args:
         predictions: predictions.jsonl with `id`, `reference` and `prediction` on every line; a prediction that is
-            null counts as an empty answer. `image_path`, `source`, `num_tokens` and `finished` are used where given.
+            null counts as an empty answer. `image_path`, `source`, `num_tokens`, `finished` and `confidence` are used
+            where given.
         output_dir: folder for metrics.json, slices.csv, rows.csv and report.html; nothing is written when left out.
         baseline: another predictions file of the same ids and references to compare with.
         pictures: render predictions and references and compare the pictures too.
@@ -147,6 +148,7 @@ _OPTIONAL = {
     "source": ((str, int), "a name"),
     "num_tokens": ((int, float), "a number of tokens"),
     "finished": (bool, "true or false"),
+    "confidence": ((int, float), "a number from 0 to 1"),
 }
 
 
@@ -165,6 +167,8 @@ def _prediction(where: str, line: str) -> dict[str, Any]:
     for key, (kind, name) in _OPTIONAL.items():
         if row.get(key) is not None and not isinstance(row[key], kind):
             raise InputError(f"{where}: {key!r} is {row[key]!r:.40}, needs {name}, or leave it out")
+    if row.get("confidence") is not None and not 0 <= row["confidence"] <= 1:
+        raise InputError(f"{where}: 'confidence' is {row['confidence']}, needs a number from 0 to 1, or leave it out")
     return {**row, "id": str(row["id"])}
 
 
@@ -228,33 +232,47 @@ def assess(
         pictures: render and compare, else text metrics only.
     """
     from latexocr.metrics.bootstrap import Table
+    from latexocr.metrics.calibration import calibration, reliability
     from latexocr.metrics.slices import members
 
     both = [rows] if baseline is None else [rows, baseline]
     drawn = _rendered(both) if pictures else [None] * len(both)
     pairs = [_pairs(some, rendered) for some, rendered in zip(both, drawn, strict=True)]
     tables = [Table(some) for some in pairs]
+    confidences, right = _confident(rows, pairs[0])
     described = _described(rows, pairs[0], tables[0])
+    if baseline is not None:
+        described = _beside(described, baseline, tables[1])
     slices = [
         row
         for (by, name), numbers in members(described).items()
         for row in tidy(tables[0].estimates(numbers), by=by, slice=name, num_rows=len(numbers))
     ]
     return Evaluation(
-        metrics=_flat(tables[0].estimates()) | _counts(rows, pairs[0]),
+        metrics=_flat(tables[0].estimates()) | calibration(confidences, right) | _counts(rows, pairs[0]),
         rows=described,
         slices=slices,
         engine=drawn[0][1][0].engine if pictures else None,
         comparison=None if baseline is None else tables[0].compare(tables[1]),
-        renderings=_by_text(rows, drawn[0]) if pictures else {},
+        reliability=[bin._asdict() for bin in reliability(confidences, right)],
+        renderings=_by_text(both, drawn) if pictures else {},
     )
 
 
 def quick_scores(rows: Sequence[dict[str, Any]], *, pictures: bool) -> dict[str, float]:
     """The figures alone, for the validations of a training; see `assess`."""
+    from latexocr.metrics.calibration import calibration
     from latexocr.metrics.scores import figures
 
-    return figures(_pairs(rows, _rendered([rows])[0] if pictures else None))
+    pairs = _pairs(rows, _rendered([rows])[0] if pictures else None)
+    return figures(pairs) | calibration(*_confident(rows, pairs))
+
+
+def _confident(rows: Sequence[dict[str, Any]], pairs: Pairs) -> tuple[list[float], list[bool]]:
+    """Confidences of the rows that have one, and whether those answers are right: exact match, level 2."""
+    known = zip([row.get("confidence") for row in rows], *pairs.tokens(2), strict=True)
+    found = [(confidence, ours == theirs) for confidence, ours, theirs in known if confidence is not None]
+    return [confidence for confidence, _ in found], [right for _, right in found]
 
 
 def _pairs(rows: Sequence[dict[str, Any]], pictures: tuple[list, list] | None) -> Pairs:
@@ -278,10 +296,12 @@ def _rendered(both: Sequence[Sequence[dict[str, Any]]]) -> list[tuple[list, list
     return list(zip(sides[::2], sides[1::2], strict=True))
 
 
-def _by_text(rows: Sequence[dict[str, Any]], drawn: tuple[list, list]) -> dict[str, Any]:
-    predictions, references = drawn
-    texts = [row["prediction"] or "" for row in rows] + [row["reference"] for row in rows]
-    return dict(zip(texts, [*predictions, *references], strict=True))
+def _by_text(both: Sequence[Sequence[dict[str, Any]]], drawn: Sequence[tuple[list, list]]) -> dict[str, Any]:
+    found = {}
+    for rows, sides in zip(both, drawn, strict=True):
+        for key, renderings in zip(("prediction", "reference"), sides, strict=True):
+            found |= zip([row[key] or "" for row in rows], renderings, strict=True)
+    return found
 
 
 # Key of a row: the metric of which it is the row's value.
@@ -309,6 +329,15 @@ def _described(rows: Sequence[dict[str, Any]], pairs: Pairs, table: Table) -> li
         found = {key: _plain(key, column[number]) for key, column in columns.items()}
         described.append({**row, **found, **describe(tokens)})
     return described
+
+
+def _beside(rows: list[dict[str, Any]], baseline: Sequence[dict[str, Any]], table: Table) -> list[dict[str, Any]]:
+    """The rows with the baseline's answer, and by how much its edit distance is larger."""
+    distances = table.row_values()["edit_distance"].tolist()
+    return [
+        {**row, "baseline_prediction": other["prediction"], "gain": distance - row["edit_distance"]}
+        for row, other, distance in zip(rows, baseline, distances, strict=True)
+    ]
 
 
 def _plain(key: str, value: float) -> float | int | None:

@@ -17,17 +17,20 @@ class Evaluation:
 
     Args:
         metrics: figures by name (see `latexocr.metrics.METRICS`), each with the ends of its 95% interval as NAME_low
-            and NAME_high; and counts: `num_rows`, `missing_predictions`, `unparsed_predictions`, ...
+            and NAME_high; `calibration_error` and `min_confidence` (see `latexocr.metrics.calibration`) where answers
+            have a confidence; and counts: `num_rows`, `missing_predictions`, `unparsed_predictions`, ...
         rows: the predictions in file order, each with its own values beside `id`, `reference` and `prediction`:
             `exact_match`, `runaway` (0 or 1), `edit_distance`, `token_errors`, `bleu_sentence`, `length` (canonical
             tokens of the reference), `script_depth`, `structure` (list of words), and with pictures `renders`,
-            `picture_match` (0 or 1) and `glyph_f1`; the last two are None where the reference does not render.
+            `picture_match` (0 or 1) and `glyph_f1`; the last two are None where the reference does not render. With a
+            baseline also `baseline_prediction` and `gain`, the baseline's edit distance less this one.
         slices: one dictionary a slice and metric: `by` (length, structure, script_depth, source), `slice`, `metric`,
             `value`, `low`, `high`, `num_rows`.
         engine: what drew the pictures, "latex" or "mathtext"; None when pictures were not compared.
         comparison: with a baseline, one dictionary a metric: `metric`, `a` (these predictions), `b` (the baseline),
             `difference` (a - b), `low`, `high`, and the numbers of rows that these predictions have `won` and `lost`.
         output_dir: where it was written, or None.
+        reliability: bins of answers by confidence, see `latexocr.metrics.calibration.Bin`; empty without confidences.
         renderings: `latexocr.render.Rendering` of each text that was typeset for it; the report only has to draw them.
     """
 
@@ -37,6 +40,7 @@ class Evaluation:
     engine: str | None = None
     comparison: list[dict[str, Any]] | None = None
     output_dir: Path | None = None
+    reliability: list[dict[str, float]] = field(default_factory=list)
     renderings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def worst_first(self) -> list[int]:

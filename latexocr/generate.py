@@ -1,27 +1,45 @@
-"""Batched generation, the same for validation during training and for inference afterwards."""
+"""Batched generation, the same for validation during training and for inference afterwards.
+
+Every answer carries its confidence: the probability that the model gives to this whole answer, the product over its
+tokens and the end token, at temperature 1. It claims how often such answers are right, so that `calibration_error`
+(`latexocr.metrics.calibration`) can hold it against exact match; a mean over tokens would claim nothing.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from torch.nn.functional import cross_entropy
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
-from latexocr.decoding import Decoder, Normalise
+from latexocr.decoding import Answer, Decoder, Normalise
 from latexocr.preprocess import Preprocessor
 from latexocr.records import Record
 
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer: its text, its length in tokens, and whether it ended by itself (False: a runaway)."""
+    """One answer.
+
+    Args:
+        text: LaTeX.
+        num_tokens: its length with the end token.
+        finished: whether it ended by itself (False: a runaway).
+        confidence: the model's probability of this whole answer; 0 for one that did not end, of which only the
+            beginning is known.
+        warning: why it should not be relied upon, for people; None where nothing is known against it.
+    """
 
     text: str
     num_tokens: int
     finished: bool
+    confidence: float
+    warning: str | None = None
 
     def as_row(self, record: Record) -> dict[str, Any]:
         """A line of predictions.jsonl: the answer to this record's image."""
@@ -33,7 +51,13 @@ class Generated:
             "prediction": self.text,
             "num_tokens": self.num_tokens,
             "finished": self.finished,
+            "confidence": self.rounded_confidence,
         }
+
+    @property
+    def rounded_confidence(self) -> float:
+        """Four digits, which is more than it is worth, so that files can be read."""
+        return float(f"{self.confidence:.4g}")
 
 
 def generate(
@@ -65,20 +89,52 @@ def generate(
         else [row for batch in batches for row in _stock(model, batch, normalise, config, options)]
     )
     answers = []
-    for row in rows:
+    for row, loss in rows:
         finished = end_id in row
         ids = row[: row.index(end_id)] if finished else row
         # clean_up_tokenization_spaces would eat the spaces before punctuation that LaTeX_OCR's texts have
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        answers.append(Generated(text, len(ids) + finished, finished))
+        confidence = math.exp(-loss) if finished and not math.isnan(loss) else 0.0
+        answers.append(Generated(text, len(ids) + finished, finished, confidence))
     return answers
 
 
 @torch.no_grad()
 def _stock(
     model: Any, batch: dict[str, torch.Tensor], normalise: Normalise, config: GenerationConfig, options: dict[str, Any]
-) -> list[list[int]]:
+) -> list[Answer]:
     length = batch["input_ids"].shape[1]
     inputs = {key: value.to(model.device) for key, value in batch.items()}
     inputs["pixel_values"] = normalise(inputs["pixel_values"]).to(model.dtype)
-    return model.generate(**inputs, generation_config=config, **options)[:, length:].tolist()
+    meter = _LossMeter()
+    processors = LogitsProcessorList([meter])
+    tokens = model.generate(**inputs, generation_config=config, logits_processor=processors, **options)[:, length:]
+    losses = meter.losses(tokens)
+    ends = torch.isin(tokens, torch.tensor(config.eos_token_id, device=tokens.device))
+    losses = losses.masked_fill(ends.cumsum(1) - ends.int() > 0, 0)  # what follows the first end is padding
+    return [Answer(*row) for row in zip(tokens.tolist(), losses.sum(1).tolist(), strict=True)]
+
+
+class _LossMeter(LogitsProcessor):
+    """-ln p of every generated token. `output_logits` would keep the whole vocabulary of every step: gigabytes.
+
+    It comes before temperature and the like, and learns at each step which token the step before it took.
+    """
+
+    def __init__(self) -> None:
+        self._logits: torch.Tensor | None = None
+        self._losses: list[torch.Tensor] = []
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
+        self._take(input_ids[:, -1])
+        self._logits = scores
+        return scores
+
+    def losses(self, tokens: torch.Tensor) -> torch.Tensor:
+        """(rows, tokens) float64, for the tokens (rows, tokens) that were generated."""
+        self._take(tokens[:, -1])
+        return torch.stack(self._losses, dim=1).double()
+
+    def _take(self, tokens: torch.Tensor) -> None:
+        if self._logits is not None:
+            self._losses.append(cross_entropy(self._logits, tokens, reduction="none"))

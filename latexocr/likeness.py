@@ -49,6 +49,11 @@ def look(image: Image.Image) -> Look:
     return Look(digest, box, _bits(ink.crop(box)) if box else 0)
 
 
+def has_ink(image: Image.Image) -> bool:
+    """Whether a flattened picture (mode L or RGB) shows anything."""
+    return _box(_ink(image)) is not None
+
+
 def near_pairs(looks: Sequence[Look]) -> Iterator[tuple[int, int]]:
     """Pairs of pictures with other pixels but nearly the same hash; `alike` has to confirm them."""
     bands: dict[tuple[int, int], list[int]] = defaultdict(list)

@@ -2,15 +2,18 @@
 
 from latexocr.predict import LatexOCR
 
-ocr = LatexOCR.from_pretrained("outputs/latexocr/adapter")
+ocr = LatexOCR.from_pretrained("outputs/latexocr/adapter")  # without an argument: the bundled base model
 print(ocr("formula.png"))
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -24,8 +27,10 @@ if TYPE_CHECKING:
     from latexocr.images import ImageInput
     from latexocr.preprocess import Preprocessor
 
+BUNDLED_BASE = Path(__file__).resolve().parent.parent / "data" / "base"
 PREPARING_THREADS = 8
 COLLATED = 16  # padded together, which is what `model.generate` takes at once where it is used
+logger = logging.getLogger(__name__)
 
 
 class LatexOCR:
@@ -46,7 +51,7 @@ class LatexOCR:
     @classmethod
     def from_pretrained(
         cls,
-        path: str | Path,
+        path: str | Path | None = None,
         *,
         adapter: str | Path | None = None,
         device: str | None = None,
@@ -58,7 +63,8 @@ class LatexOCR:
         """Load a base or merged checkpoint, with an adapter or without.
 
         Args:
-            path: model folder, hub id, or an adapter folder (its base is then taken from `latexocr.json`).
+            path: model folder, hub id, or an adapter folder (its base is then taken from `latexocr.json`); the
+                adapter or else the base model of this checkout when left out.
             adapter: adapter folder to put on the model.
             device: "cpu", "cuda", "cuda:1", ...; a GPU by default when there is one.
             dtype: "float32", "bfloat16", ...; bfloat16 by default where the device has it.
@@ -67,7 +73,7 @@ class LatexOCR:
             trust_remote_code: run Python code that comes with a checkpoint.
 
         Raises:
-            InputError: not a checkpoint, or an adapter for another base model.
+            InputError: not a checkpoint, an adapter for another base model, or no model named and none bundled.
         """
         import torch
 
@@ -77,7 +83,8 @@ class LatexOCR:
         from latexocr.images import ImagePolicy
         from latexocr.preprocess import Preprocessor
 
-        if adapter is None and (Path(path) / modeling.ADAPTER_CONFIG).is_file():
+        path = path or adapter or bundled_base()
+        if adapter in (None, path) and (Path(path) / modeling.ADAPTER_CONFIG).is_file():
             adapter = Path(path)
             contract = modeling.check_adapter(adapter)
             if contract is None:
@@ -119,15 +126,18 @@ class LatexOCR:
         """Read one image (path, bytes, PIL image, array) -> str, or a list of them -> list[str].
 
         Args:
-            images: one image or a list.
+            images: one image or a list. What is known against an answer is logged as a warning.
             options: see `generate`.
 
         Raises:
             InputError: an image that cannot be read; it is named.
         """
-        if isinstance(images, list | tuple):
-            return [answer.text for answer in self.generate(images, **options)]
-        return self.generate([images], **options)[0].text
+        several = isinstance(images, list | tuple)
+        answers = self.generate(images if several else [images], **options)
+        for number, answer in enumerate(answers):
+            if answer.warning:
+                logger.warning(f"image {number}: {answer.warning}" if several else answer.warning)
+        return [answer.text for answer in answers] if several else answers[0].text
 
     def generate(
         self,
@@ -140,7 +150,9 @@ class LatexOCR:
         min_p: float | None = None,
         progress: bool = False,
     ) -> list[Generated]:
-        """Read images in batches; answers come with their length and whether they ended by themselves.
+        """Read images in batches; answers come with confidence, warning, length and whether they ended by themselves.
+
+        A blank picture is not read: its answer is empty.
 
         Args:
             images: paths, bytes, PIL images or arrays.
@@ -164,29 +176,49 @@ class LatexOCR:
             tqdm(total=len(images), desc="reading", unit="image", disable=not progress) as bar,
             decoder_for(self.model, config) as decoder,
         ):
-            for features in self._prepared(images, batch_size):
+            for prompts in self._prepared(images, batch_size):
+                features = [prompt for prompt in prompts if prompt is not None]
                 batches = [self.collate(features[at : at + COLLATED]) for at in range(0, len(features), COLLATED)]
-                answers += generate(self.model, batches, self.preprocessor, config, decoder=decoder)
-                bar.update(len(features))
+                found = iter(generate(self.model, batches, self.preprocessor, config, decoder=decoder))
+                answers += [_nothing() if prompt is None else self._judged(next(found)) for prompt in prompts]
+                bar.update(len(prompts))
         return answers
 
-    def _prepared(self, images: Sequence[ImageInput], batch_size: int) -> Iterator[list[dict[str, torch.Tensor]]]:
+    def _judged(self, answer: Generated) -> Generated:
+        """The answer with what is known against it."""
+        threshold = self.contract and self.contract.min_confidence
+        warning = None
+        if not answer.finished:
+            warning = f"the answer did not end within {answer.num_tokens} tokens and is cut off there"
+        elif threshold is not None and answer.confidence < threshold:
+            warning = f"confidence {answer.confidence:.2g} is below {threshold:.2g}: check this answer"
+        return replace(answer, warning=warning)
+
+    def _prompt(self, image: ImageInput) -> dict[str, torch.Tensor] | None:
+        """What the model gets of an image; None for one that shows nothing, of which it could only invent."""
+        from latexocr.images import load_image
+        from latexocr.likeness import has_ink
+
+        picture = load_image(image)
+        return self.preprocessor.prompt_features(picture, as_bytes=True) if has_ink(picture) else None
+
+    def _prepared(
+        self, images: Sequence[ImageInput], batch_size: int
+    ) -> Iterator[list[dict[str, torch.Tensor] | None]]:
         """Prompts of `batch_size` images each; the next ones are prepared while these are read."""
         from concurrent.futures import ThreadPoolExecutor
-        from functools import partial
 
-        prepare = partial(self.preprocessor.prompt_features, as_bytes=True)
         waiting = []
         with ThreadPoolExecutor(PREPARING_THREADS) as pool:
             for start in range(0, len(images), batch_size):
-                waiting.append(pool.map(prepare, images[start : start + batch_size]))
+                waiting.append(pool.map(self._prompt, images[start : start + batch_size]))
                 if len(waiting) == 2:
                     yield list(waiting.pop(0))
             for prepared in waiting:
                 yield list(prepared)
 
     def stream(self, image: ImageInput, *, max_new_tokens: int = 512, **sampling: Any) -> Iterator[str]:
-        """Pieces of the answer as they are generated; joined they are what `__call__` returns.
+        """Pieces of the answer as they are generated; joined they are what `__call__` returns, warnings included.
 
         Args:
             image: path, bytes, PIL image or array.
@@ -206,12 +238,17 @@ class LatexOCR:
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        batch = self.collate([self.preprocessor.prompt_features(image)])
+        prompt = self._prompt(image)
+        if prompt is None:
+            logger.warning(_nothing().warning)
+            return
+        batch = self.collate([prompt])
+        answers: list[Generated] = []
         failure: list[BaseException] = []
 
         def run() -> None:
             try:
-                generate(self.model, [batch], self.preprocessor, config, streamer=streamer)
+                answers.extend(generate(self.model, [batch], self.preprocessor, config, streamer=streamer))
             except BaseException as error:  # handed to the reader below, who would wait for ever otherwise
                 failure.append(error)
                 streamer.end()
@@ -222,6 +259,8 @@ class LatexOCR:
         thread.join()
         if failure:
             raise failure[0]
+        if warning := self._judged(answers[0]).warning:
+            logger.warning(warning)
 
     def _generation(
         self, max_new_tokens: int, temperature: float | None, top_p: float | None, min_p: float | None
@@ -241,9 +280,36 @@ class LatexOCR:
         return config
 
 
+def bundled_base() -> Path:
+    """The folder of the base model that comes with a checkout; that it is used is said once.
+
+    Raises:
+        InputError: this is an installation without the checkout's data.
+    """
+    if not (BUNDLED_BASE / "config.json").is_file():
+        raise InputError(
+            f"no model named, and no bundled one at {BUNDLED_BASE} (it comes with a checkout of the repository, not "
+            "with an installed package); name a checkpoint: --model DIR_OR_HUB_ID"
+        )
+    _say_bundled()
+    return BUNDLED_BASE
+
+
+@cache
+def _say_bundled() -> None:
+    logger.warning(f"no model named: using the bundled base model for printed formulas, {BUNDLED_BASE}")
+
+
+def _nothing() -> Generated:
+    """The answer to a blank picture."""
+    from latexocr.generate import Generated
+
+    return Generated("", 0, True, 0.0, "the picture is blank: nothing to read")
+
+
 def predict(
     images: list[str],
-    model: str,
+    model: str | None = None,
     *,
     adapter: Path | None = None,
     batch_size: int = 128,
@@ -258,18 +324,18 @@ def predict(
     hub: Literal["modelscope", "huggingface"] = "modelscope",
     trust_remote_code: bool = False,
 ) -> None:
-    """Print one line of LaTeX for every image.
+    """Print one line of LaTeX for every image; blank and doubtful ones are named on stderr.
 
     Args:
         images: image files.
-        model: base or merged model, or an adapter folder: a path or a hub id.
+        model: base or merged model, or an adapter folder: a path or a hub id (default: the bundled base model).
         adapter: adapter folder to put on the model.
         batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
         max_new_tokens: longest answer in tokens.
         temperature: greedy decoding when left out, else sampling at this temperature.
         top_p: sampling from the smallest set of tokens with this probability.
         min_p: sampling from tokens with at least this share of the best one's probability.
-        json: print one JSON object a line: image_path, prediction, num_tokens, finished.
+        json: print one JSON object a line: image_path, prediction, num_tokens, finished, confidence, warning.
         stream: print tokens as they come.
         prompt: another instruction than the checkpoint was trained with.
         device: cpu, cuda, ... (default: a GPU when there is one).
@@ -294,6 +360,8 @@ def predict(
         return
     answers = ocr.generate(images, batch_size=batch_size, **sampling)
     for image, answer in zip(images, answers, strict=True):
+        if answer.warning:
+            logger.warning(f"{image}: {answer.warning}")
         print(_json_line(image, answer) if json else " ".join(answer.text.splitlines()), flush=True)
 
 
@@ -303,5 +371,7 @@ def _json_line(image: str, answer: Generated) -> str:
         "prediction": answer.text,
         "num_tokens": answer.num_tokens,
         "finished": answer.finished,
+        "confidence": answer.rounded_confidence,
+        "warning": answer.warning,
     }
     return json.dumps(row, ensure_ascii=False)

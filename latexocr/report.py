@@ -40,9 +40,15 @@ HEADLINE = {
     "render_rate": ("Renders", "predictions that TeX accepts"),
     "runaway_rate": ("Runaway", "endless or repeating answers"),
 }
+# Figures that are no metrics of `latexocr.metrics.scores`.
+OTHER_FIGURES = {
+    "calibration_error": "distance of confidence and share right (level 2), mean over 10 bins of equally many answers",
+    "min_confidence": "95% of the right answers are at least as sure: below it, a warning is in place",
+    "wrong_found": "share of the wrong answers that are less sure than that",
+}
 # Row values that the gallery shows, filters and sorts by.
 ROW_VALUES = ("exact_match", "token_errors", "edit_distance", "bleu_sentence", "glyph_f1", "picture_match", "renders",
-              "runaway", "length", "num_tokens")  # fmt: skip
+              "runaway", "length", "num_tokens", "confidence", "gain")  # fmt: skip
 ERROR_BUCKETS = ((1, 1), (2, 2), (3, 3), (4, 5), (6, 10), (11, 20), (21, math.inf))
 
 
@@ -63,7 +69,8 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         evaluation: metrics, rows with their values, slices.
         path: the file, such as report.html.
     """
-    answered = [{**row, "prediction": row["prediction"] or ""} for row in evaluation.rows]  # None where one is missing
+    texts = ("prediction", "baseline_prediction")  # None where one is missing
+    answered = [{**row, **{key: row[key] or "" for key in texts if key in row}} for row in evaluation.rows]
     differences = [difference(row["prediction"], row["reference"]) for row in answered]
     order = evaluation.worst_first()[:MAX_ROWS]
     rows = [answered[number] for number in order]
@@ -80,6 +87,7 @@ def write_report(evaluation: Evaluation, path: Path) -> None:
         "errors": _error_histogram(evaluation.rows),
         "confusions": [[*pair, count] for pair, count in confusions],
         "comparison": _comparison(evaluation.comparison),
+        "confidence": _confidence(evaluation),
         "rows": {
             **_texts(rows, [differences[number] for number in order]),
             **_values(rows),
@@ -147,7 +155,12 @@ def _texts(rows: list[dict], differences: list[Difference]) -> dict[str, list]:
         "prediction": [_cut(row["prediction"]) for row in rows],
         "reference": [_cut(row["reference"]) for row in rows],
         "pieces": [_cut_pieces(found.pieces) for found in differences],
+        **({"baseline_prediction": [_cut(row["baseline_prediction"]) for row in rows]} if _has_baseline(rows) else {}),
     }
+
+
+def _has_baseline(rows: list[dict]) -> bool:
+    return any("baseline_prediction" in row for row in rows)
 
 
 def _cut(text: str) -> str:
@@ -200,8 +213,9 @@ def _figure(metrics: dict[str, float], name: str) -> dict:
 
 def _all_figures(metrics: dict[str, float]) -> list[dict]:
     ends = {f"{name}{end}" for name in metrics for end in ("_low", "_high")}
+    meanings = {**OTHER_FIGURES, **{name: metric.what for name, metric in METRICS.items()}}
     return [
-        {"name": name, **_figure(metrics, name), "what": METRICS[name].what if name in METRICS else ""}
+        {"name": name, **_figure(metrics, name), "what": meanings.get(name, "")}
         for name in metrics
         if name not in ends
     ]
@@ -209,6 +223,14 @@ def _all_figures(metrics: dict[str, float]) -> list[dict]:
 
 def _comparison(entries: list[dict] | None) -> list[dict] | None:
     return entries and [{**entry, "better": METRICS[entry["metric"]].better} for entry in entries]
+
+
+def _confidence(evaluation: Evaluation) -> dict | None:
+    """The reliability table, and its figures; None without confidences."""
+    if not evaluation.reliability:
+        return None
+    bins = [{name: _number(value) for name, value in bin.items()} for bin in evaluation.reliability]
+    return {"bins": bins, **{name: _number(evaluation.metrics.get(name)) for name in OTHER_FIGURES}}
 
 
 def _slices(slices: list[dict]) -> dict[tuple[str, str], dict]:
@@ -278,12 +300,13 @@ def _photographs(rows: list[dict], pictures: Pictures) -> dict[str, list]:
 
 
 def _drawings(rows: list[dict], evaluation: Evaluation, pictures: Pictures) -> dict[str, list]:
-    """Prediction and reference as TeX prints them, each formula once; None where it does not."""
+    """Prediction, reference and baseline as TeX prints them, each formula once; None where it does not."""
     from latexocr.render import draw, render
 
-    formulas = list(dict.fromkeys(row[key] for row in rows for key in ("prediction", "reference")))
+    keys = ("prediction", "reference", *(["baseline_prediction"] if _has_baseline(rows) else []))
+    formulas = list(dict.fromkeys(row[key] for row in rows for key in keys))
     missing = [text for text in formulas if text not in evaluation.renderings]
     known = {**evaluation.renderings, **dict(zip(missing, render(missing, engine=evaluation.engine), strict=True))}
     drawn = draw([known[text] for text in formulas], dpi=PRINT_DPI)
     places = dict(zip(formulas, map(pictures.add_print, drawn), strict=True))
-    return {f"{key}_drawn": [places[row[key]] for row in rows] for key in ("prediction", "reference")}
+    return {f"{key}_drawn": [places[row[key]] for row in rows] for key in keys}

@@ -463,9 +463,10 @@ class FormulaTrainer(Trainer):
         step = self._weights_step or self.state.global_step
         evaluations = [line for line in self.state.log_history if "eval_loss" in line and line["step"] <= step]
         training = {**self.contract.training, "step": step}
-        if evaluations:
-            training["evaluation"] = evaluations[-1]
-        return replace(self.contract, training=training)
+        if not evaluations:
+            return replace(self.contract, training=training)
+        training["evaluation"] = evaluations[-1]
+        return replace(self.contract, training=training, min_confidence=evaluations[-1].get("eval_min_confidence"))
 
 
 @contextmanager

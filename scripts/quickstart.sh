@@ -3,8 +3,9 @@
 #
 #   bash scripts/quickstart.sh [OUTPUT_DIR]       (default: outputs/quickstart)
 #
-# Bundled formula images -> data.csv -> train.json, val.json -> LoRA training of a tiny model -> metrics before and
-# after -> merged checkpoint -> a prediction -> the line that opens the dashboard. A second run reuses what is there.
+# data/base, a small model that reads printed formulas, is taught chalk on a blackboard, which it has never seen:
+# pictures -> data.csv -> train.json, val.json -> metrics before -> LoRA training -> metrics after -> merged checkpoint
+# -> a prediction -> report and dashboard. A second run reuses what is there.
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/env.sh"
 prepare_environment dashboard
@@ -15,65 +16,71 @@ export TOKENIZERS_PARALLELISM=false
 
 step() { echo; echo "== $*"; }
 
-step "1/7 data2csv: the bundled sample -> images and data.csv"
-"$latexocr" data2csv --source data/sample --output-dir "$out/data"
+step "1/7 predict: the bundled base model reads a printed formula"
+"$latexocr" predict data/sample/images/000000.png
 
-step "2/7 csv2json: data.csv -> train.json and val.json, no formula on both sides; doctor: what could harm a training"
+step "2/7 data2csv: chalk on a blackboard -> images and data.csv"
+"$latexocr" data2csv --source data/chalk --output-dir "$out/data"
+
+step "3/7 csv2json: data.csv -> train.json and val.json, no formula on both sides; doctor: what could harm a training"
 "$latexocr" csv2json --csv "$out/data/data.csv" --train-json "$out/data/train.json" \
-    --val-json "$out/data/val.json" --val-size 40
-"$latexocr" doctor --data "$out/data/train.json" --val-data "$out/data/val.json" --html "$out/doctor.html"
+    --val-json "$out/data/val.json" --val-size 80
+"$latexocr" doctor --data "$out/data/train.json" --val-data "$out/data/val.json" --model data/base \
+    --html "$out/doctor.html"
 
-step "3/7 build: a tiny model of the Qwen2-VL architecture with random weights"
-if [ ! -f "$out/model/config.json" ]; then
-    "$latexocr" build --output "$out/model" --corpus "$out/data/data.csv"
-fi
-
-step "4/7 evaluate: before training"
+step "4/7 evaluate: the base model on chalk"
 if [ ! -f "$out/before/metrics.json" ]; then
-    "$latexocr" evaluate --model "$out/model" --data "$out/data/val.json" --output-dir "$out/before" \
-        --max-new-tokens 64
+    "$latexocr" evaluate --model data/base --data "$out/data/val.json" --output-dir "$out/before" --max-new-tokens 64
 fi
 
 step "5/7 train: LoRA, settings in scripts/quickstart.yaml"
 if [ ! -f "$out/run/adapter/latexocr.json" ]; then
     resume=()
     compgen -G "$out/run/checkpoint-*" >/dev/null && resume=(--resume_from_checkpoint true)
-    "$latexocr" train --config scripts/quickstart.yaml --model_name_or_path "$out/model" \
-        --train_json "$out/data/train.json" --val_json "$out/data/val.json" --output_dir "$out/run" "${resume[@]}"
+    "$latexocr" train --config scripts/quickstart.yaml --train_json "$out/data/train.json" \
+        --val_json "$out/data/val.json" --output_dir "$out/run" "${resume[@]}"
 fi
 
-step "6/7 evaluate: after training; merge: adapter -> stand-alone checkpoint"
+step "6/7 evaluate: base and adapter on chalk; score: row by row against the base alone"
 if [ ! -f "$out/after/metrics.json" ]; then
-    "$latexocr" evaluate --model "$out/model" --adapter "$out/run/adapter" --data "$out/data/val.json" \
-        --output-dir "$out/after" --max-new-tokens 64
+    "$latexocr" evaluate --model "$out/run/adapter" --data "$out/data/val.json" --output-dir "$out/after" \
+        --max-new-tokens 64 --no-pictures >/dev/null
 fi
-if [ ! -f "$out/merged/config.json" ]; then
-    "$latexocr" merge --adapter "$out/run/adapter" --model "$out/model" --output "$out/merged"
-fi
+"$latexocr" score --predictions "$out/after/predictions.jsonl" --baseline "$out/before/predictions.jsonl" \
+    --output-dir "$out/after" >/dev/null
 
-step "7/7 predict: one image with the merged checkpoint"
-image=$("$VENV/bin/python" - "$out/after/predictions.jsonl" <<'PYTHON'
-import json, sys
-print(json.loads(open(sys.argv[1], encoding="utf-8").readline())["image_path"])
+step "7/7 merge: adapter -> stand-alone checkpoint; predict: one picture with it"
+if [ ! -f "$out/merged/config.json" ]; then
+    "$latexocr" merge --adapter "$out/run/adapter" --output "$out/merged"
+fi
+"$VENV/bin/python" - "$out" <<'PYTHON' >"$out/shown.txt"
+import csv, sys
+from pathlib import Path
+
+# the picture whose answer gained most
+rows = csv.DictReader((Path(sys.argv[1]) / "after" / "rows.csv").open(encoding="utf-8", newline=""))
+shown = max(rows, key=lambda row: float(row["gain"]))
+print(shown["image_path"], shown["reference"], shown["baseline_prediction"], sep="\n")
 PYTHON
-)
-echo "$image"
-"$latexocr" predict --model "$out/merged" "$image" --max-new-tokens 64
+{ read -r image; read -r reference; read -r before; } <"$out/shown.txt"
+echo "picture    $image"
+echo "reference  $reference"
+echo "before     $before"
+echo "after      $("$latexocr" predict --model "$out/merged" "$image" --max-new-tokens 64)"
 
 "$VENV/bin/python" - "$out" <<'PYTHON'
 import json, sys
 from pathlib import Path
 
 out = Path(sys.argv[1])
-before, after = (json.loads((out / when / "metrics.json").read_text()) for when in ("before", "after"))
-print(f"\n{'40 validation formulas':<24}{'before':>10}{'after':>10}")
+before, after = (json.loads((out / when / "metrics.json").read_text(encoding="utf-8")) for when in ("before", "after"))
+print(f"\n{int(after['num_rows'])} validation pictures of chalk{'before':>13}{'after':>10}")
 for name in before:
-    counts_and_variants = ("num_", "un", "missing_", "bleu_", "edit_distance_", "exact_match_", "picture_match_")
+    counts_and_variants = ("num_", "un", "missing_", "bleu_", "edit_distance_", "exact_match_", "picture_match_", "wrong_")
     if name in after and not name.startswith(counts_and_variants) and not name.endswith(("_low", "_high")):
-        print(f"{name:<24}{before[name]:>10.3f}{after[name]:>10.3f}")
+        print(f"{name:<33}{before[name]:>10.3f}{after[name]:>10.3f}")
 PYTHON
 echo
-echo "A tiny model with random weights cannot learn to read in minutes: this run shows that every stage works."
-echo "For a real model see the recipe in README.md. Everything is in $out."
-echo "report:     $out/after/report.html"
+echo "Everything is in $out. A large model learns your own pictures in the same way: see the recipe in README.md."
+echo "report:     $out/after/report.html#show=won&sort=gain   (the pictures that got better)"
 echo "dashboard:  source .venv/bin/activate && swanlab watch $out/run/swanlog --host 127.0.0.1 --port 5092"

@@ -10,8 +10,8 @@ import torch
 from conftest import MODEL_TYPES, SAMPLE
 
 from latexocr import decoding
-from latexocr.decoding import Decoder, decoder_for
-from latexocr.generate import generate
+from latexocr.decoding import Answer, Decoder, decoder_for
+from latexocr.generate import _stock, generate
 from latexocr.metrics_file import read_metrics
 from latexocr.modeling import add_lora
 from latexocr.predict import LatexOCR
@@ -43,14 +43,32 @@ def prompts(ocr: LatexOCR, images: list) -> dict[str, torch.Tensor]:
 
 def stock(ocr: LatexOCR, batch: dict[str, torch.Tensor], config) -> list[list[int]]:
     """What transformers generates, up to and with the end token."""
-    length, rows = batch["input_ids"].shape[1], []
+    length = batch["input_ids"].shape[1]
     inputs = {name: value.to(ocr.model.device) for name, value in batch.items()}
     with torch.no_grad():
-        output = ocr.model.generate(**inputs, generation_config=config)[:, length:].tolist()
-    for row in output:
-        ends = [at for at, token in enumerate(row) if token in config.eos_token_id]
-        rows.append(row[: ends[0] + 1] if ends else row)
-    return rows
+        return cut(ocr.model.generate(**inputs, generation_config=config)[:, length:].tolist(), config)
+
+
+def cut(output: list[list[int]], config) -> list[list[int]]:
+    """Rows up to and with the end token."""
+    ends = config.eos_token_id if isinstance(config.eos_token_id, list) else [config.eos_token_id]
+    first = [next((at for at, token in enumerate(row) if token in ends), len(row)) for row in output]
+    return [row[: at + 1] for row, at in zip(output, first, strict=True)]
+
+
+def ids(answers: list[Answer]) -> list[list[int]]:
+    return [answer.ids for answer in answers]
+
+
+def losses(ocr: LatexOCR, batch: dict[str, torch.Tensor], config) -> list[float]:
+    """-ln p of what transformers generates, from all the logits of all steps."""
+    length = batch["input_ids"].shape[1]
+    with torch.no_grad():
+        found = ocr.model.generate(**batch, generation_config=config, output_logits=True, return_dict_in_generate=True)
+    steps = torch.stack(found.logits, dim=1).log_softmax(-1)  # (rows, tokens, vocabulary)
+    taken = steps.gather(-1, found.sequences[:, length:, None])[..., 0]
+    lengths = [len(row) for row in cut(found.sequences[:, length:].tolist(), config)]
+    return [-row[:end].sum().item() for row, end in zip(taken, lengths, strict=True)]
 
 
 def settings(ocr: LatexOCR, batch: dict[str, torch.Tensor], max_new_tokens: int):
@@ -75,13 +93,17 @@ def test_ids_equal_stock_generate(model_type, lora, tiny_models, monkeypatch):
     wanted = stock(ocr, batch, config)
     assert len({len(row) for row in wanted}) > 3
     with decoder_for(ocr.model, config) as decoder:
-        assert decoder([batch]) == wanted
+        assert ids(decoder([batch])) == wanted
         assert decoder._cache.rows < 6
-        assert decoder([prompts(ocr, IMAGES[:2]), prompts(ocr, IMAGES[2:])]) == wanted  # joined, memory used again
-        assert decoder([prompts(ocr, IMAGES[3:4])]) == wanted[3:4]
+        parts = [prompts(ocr, IMAGES[:2]), prompts(ocr, IMAGES[2:])]
+        assert ids(decoder(parts)) == wanted  # joined, memory used again
+        assert ids(decoder([prompts(ocr, IMAGES[3:4])])) == wanted[3:4]
         as_bytes = ocr.collate([ocr.preprocessor.prompt_features(image, as_bytes=True) for image in IMAGES])
         assert as_bytes["pixel_values"].dtype == torch.uint8
-        assert decoder([as_bytes], ocr.preprocessor.normalise) == wanted
+        assert ids(decoder([as_bytes], ocr.preprocessor.normalise)) == wanted
+        together = [answer.loss for answer in decoder([batch])]
+        assert together == pytest.approx(losses(ocr, batch, config), rel=1e-4)
+        assert decoder([prompts(ocr, IMAGES[3:4])])[0].loss == pytest.approx(together[3], rel=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +121,7 @@ def test_ids_do_not_depend_on_how_memory_is_cut(adapted, monkeypatch):
     monkeypatch.setattr(decoding, "CHECK_EVERY", 3)
     monkeypatch.setattr(Decoder, "_rows_that_fit", lambda self, length: 4)
     with decoder_for(adapted.model, config) as decoder:
-        assert decoder([batch]) == wanted
+        assert ids(decoder([batch])) == wanted
         assert decoder._cache.max_rows == 4
         assert [decoder._capacity_for(length) for length in (6, 7, 111, 112)] == [7, 14, 112, 154]
         assert batch["input_ids"].shape[1] == 111
@@ -127,8 +149,23 @@ def test_an_answer_knows_whether_it_ended(adapted):
     other = replace(adapted.preprocessor, family=replace(family, end_token=tokenizer.convert_ids_to_tokens(end)))
     with decoder_for(adapted.model, config) as decoder:
         answers = generate(adapted.model, [batch], other, config, decoder=decoder)
-    assert answers == generate(adapted.model, [batch], other, config)
+    stock_answers = generate(adapted.model, [batch], other, config)
+    for ours, theirs in zip(answers, stock_answers, strict=True):
+        assert replace(ours, confidence=0.0) == replace(theirs, confidence=0.0)
+        assert ours.confidence == pytest.approx(theirs.confidence, rel=1e-4)
     assert {answer.finished for answer in answers} == {True, False}
+    assert all((answer.confidence > 0) == answer.finished for answer in answers)
+
+
+def test_confidence_is_the_models_own_when_sampling(adapted):
+    """Not that of the tokens at the temperature at which they were drawn."""
+    config = adapted._generation(6, 3.0, None, None)
+    batch = prompts(adapted, IMAGES)
+    torch.manual_seed(0)
+    expected = losses(adapted, batch, config)
+    torch.manual_seed(0)
+    answers = _stock(adapted.model, batch, adapted.preprocessor.normalise, config, {})
+    assert [answer.loss for answer in answers] == pytest.approx(expected, rel=1e-4)
 
 
 def test_where_stock_generate_has_to_do_it(adapted, caplog):
@@ -169,6 +206,6 @@ def test_graphs_give_the_same_ids(model_type, tiny_models, monkeypatch):
     config = settings(ocr, batch, 40)
     wanted = stock(ocr, batch, config)
     with decoder_for(ocr.model, config) as decoder:
-        assert decoder([batch]) == wanted
-        assert decoder([batch]) == wanted
+        assert ids(decoder([batch])) == wanted
+        assert ids(decoder([batch])) == wanted
         assert any(decoder._graphs.values())

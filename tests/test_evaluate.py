@@ -141,6 +141,8 @@ def test_a_prediction_that_is_null_is_an_empty_answer_and_counted(tmp_path):
         ('{"id": 1, "reference": "x", "prediction": "x", "source": ["a"]}', r"'source' is \['a'\], needs a name"),
         ('{"id": 1, "reference": "x", "prediction": "x", "image_path": 5}', "'image_path' is 5, needs the path"),
         ('{"id": 1, "reference": "x", "prediction": "x", "num_tokens": "many"}', "'num_tokens' is 'many', needs"),
+        ('{"id": 1, "reference": "x", "prediction": "x", "confidence": "sure"}', "'confidence' is 'sure', needs"),
+        ('{"id": 1, "reference": "x", "prediction": "x", "confidence": 95}', "'confidence' is 95, needs a"),
     ],
 )  # fmt: skip
 def test_bad_prediction_files(tmp_path, content, message):
@@ -176,6 +178,35 @@ def test_a_file_that_is_no_text(tmp_path):
     (tmp_path / "p.jsonl").write_bytes(b"\xff\xfe{}")
     with pytest.raises(InputError, match=r"p\.jsonl: not UTF-8 text \(invalid start byte at byte 0\)"):
         score_file(tmp_path / "p.jsonl")
+
+
+def test_confidence_is_held_against_exact_match_at_level_2(tmp_path):
+    """Four answers, two right (one but for spacing), all half sure; one row says nothing about itself."""
+    path = write(tmp_path / "p.jsonl", ROWS, confidence=0.5)
+    with path.open("a") as file:
+        file.write('{"id": "silent", "reference": "x", "prediction": "x"}\n')
+    found = score_file(path, output_dir=tmp_path / "out", pictures=False)
+    assert found.metrics["exact_match_level2"] == 0.6
+    assert found.reliability == [
+        {"num_rows": 1, "low": 0.5, "high": 0.5, "confidence": 0.5, "right": right} for right in (1.0, 0.0, 0.0, 1.0)
+    ]
+    assert found.metrics["calibration_error"] == 0.5 and "min_confidence" not in found.metrics
+    assert json.loads((tmp_path / "out/metrics.json").read_text())["calibration_error"] == 0.5
+    assert "calibration_error" in str(found)
+    without = score_file(write(tmp_path / "p.jsonl", ROWS), pictures=False)
+    assert "calibration_error" not in without.metrics and without.reliability == []
+
+
+def test_a_baseline_stands_beside_every_row(tmp_path):
+    ours = write(tmp_path / "a.jsonl", [("1", "x y", "x y"), ("2", "x y", "y"), ("3", "x", "z")])
+    theirs = write(tmp_path / "b.jsonl", [("3", "x", None), ("2", "x y", "x y"), ("1", "x y", "x")])
+    found = score_file(ours, baseline=theirs, output_dir=tmp_path / "out", pictures=False)
+    beside = [(row["baseline_prediction"], row["gain"]) for row in found.rows]
+    assert beside == [("x", 0.5), ("x y", -0.5), (None, 0.0)]
+    (distance,) = [entry for entry in found.comparison if entry["metric"] == "edit_distance"]
+    assert (distance["won"], distance["lost"]) == (1, 1)
+    with (tmp_path / "out/rows.csv").open() as file:
+        assert [row["gain"] for row in csv.DictReader(file)] == ["0.5", "-0.5", "0.0"]
 
 
 def test_worst_first():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +16,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoTokenizer
 
+import latexocr.predict as predicting
 from latexocr.build import build
 from latexocr.cli import main
 from latexocr.contract import Contract, fingerprint
 from latexocr.errors import InputError, MergeMismatch
 from latexocr.evaluate import evaluate, score_file
+from latexocr.generate import Generated
 from latexocr.merge import merge
 from latexocr.predict import LatexOCR
 from latexocr.preview import preview
@@ -86,6 +89,10 @@ def test_runaways_are_told_apart(base, config, tmp_path):
     trained = train(config(train_json=str(always_x), max_steps=8, learning_rate=2e-2, lora_alpha=64))
     (ended,) = LatexOCR.from_pretrained(trained.adapter_dir, device="cpu").generate(IMAGES[:1], max_new_tokens=12)
     assert (ended.text, ended.num_tokens, ended.finished) == ("x", 2, True)
+    assert (
+        endless.confidence == 0 and endless.warning == "the answer did not end within 12 tokens and is cut off there"
+    )
+    assert 0.5 < ended.confidence < 1 and ended.warning is None
 
 
 def test_sampling_is_an_option(ocr):
@@ -136,7 +143,8 @@ def test_evaluate_and_score_agree(adapter, records, tmp_path):
     result = evaluate(str(adapter), records["val"], tmp_path / "ev", device="cpu", max_new_tokens=8)
     rows = [json.loads(line) for line in (tmp_path / "ev/predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 7 == result.metrics["num_rows"]
-    assert {"id", "image_path", "reference", "prediction", "num_tokens", "finished"} == set(rows[0])
+    assert {"id", "image_path", "reference", "prediction", "num_tokens", "finished", "confidence"} == set(rows[0])
+    assert "calibration_error" in result.metrics
     assert json.loads((tmp_path / "ev/metrics.json").read_text()) == result.metrics
     assert score_file(tmp_path / "ev/predictions.jsonl").metrics == result.metrics
     assert {"rows.csv", "slices.csv"} < {path.name for path in (tmp_path / "ev").iterdir()}
@@ -216,6 +224,61 @@ def test_predict_prints_one_line_an_image(adapter, capsys):
     assert row["image_path"] == IMAGES[0] and row["num_tokens"] <= 4
     assert main(["predict", "--model", str(adapter), IMAGES[0], "--max-new-tokens", "4", "--stream"]) == 0
     assert capsys.readouterr().out == row["prediction"] + "\n"
+
+
+def test_a_blank_picture_is_not_read(ocr, tmp_path, capsys, caplog):
+    """No hallucination: an empty line, and why; the pictures around it are read as ever."""
+    blank = str(tmp_path / "blank.png")
+    paper = np.random.default_rng(0).integers(225, 256, (40, 200), dtype=np.uint8)  # unprinted, and not quite white
+    Image.fromarray(paper).save(blank)
+    first, nothing, last = ocr.generate([IMAGES[0], blank, IMAGES[1]], max_new_tokens=8)
+    assert [first.text, last.text] == ocr(IMAGES[:2], max_new_tokens=8)
+    assert nothing == Generated("", 0, True, 0.0, "the picture is blank: nothing to read")
+    assert ocr.generate([blank] * 3, max_new_tokens=8) == [nothing] * 3
+    caplog.clear()
+    assert ocr(blank) == "" and list(ocr.stream(blank)) == []
+    assert caplog.messages == ["the picture is blank: nothing to read"] * 2
+    assert ocr([blank, IMAGES[0]], max_new_tokens=8)[0] == ""
+    assert "image 0: the picture is blank: nothing to read" in caplog.messages
+
+
+def test_without_a_model_the_bundled_base_is_used(tiny, adapter, tmp_path, monkeypatch, caplog, capsys):
+    monkeypatch.setattr(predicting, "BUNDLED_BASE", tmp_path / "base")
+    predicting._say_bundled.cache_clear()
+    assert main(["predict", IMAGES[0]]) == 2
+    assert "no model named, and no bundled one at " in capsys.readouterr().err
+    (tmp_path / "base").symlink_to(tiny)
+    first, second = (LatexOCR.from_pretrained(device="cpu") for _ in range(2))
+    assert first(IMAGES[0], max_new_tokens=4) == second(IMAGES[0], max_new_tokens=4)
+    (line,) = [message for message in caplog.messages if "no model named" in message]
+    assert line == f"no model named: using the bundled base model for printed formulas, {tmp_path / 'base'}"
+    assert main(["predict", IMAGES[0], "--max-new-tokens", "4", "--device", "cpu"]) == 0
+    # an adapter names its base itself
+    caplog.clear()
+    adapted = LatexOCR.from_pretrained(adapter=adapter, device="cpu")
+    assert adapted.contract.base_model == str(tiny) and not caplog.messages
+
+
+def test_a_training_notes_from_where_on_to_warn(config, tmp_path, capsys):
+    """`min_confidence` is of the validation of the weights that were kept, if 20 answers were right there."""
+    always_x = str(write_records(tmp_path / "x.json", [(IMAGES[number % 5], "x") for number in range(20)]))
+    options = {"train_json": always_x, "val_json": always_x, "learning_rate": 2e-2, "lora_alpha": 64}
+    result = train(config(**options, max_steps=8, eval_strategy="steps", eval_steps=8))
+    contract = Contract.load(result.adapter_dir)
+    assert result.metrics["eval_exact_match_level2"] == 1
+    assert 0.5 < contract.min_confidence == result.metrics["eval_min_confidence"] < 1
+    (answer,) = LatexOCR.from_pretrained(result.adapter_dir, device="cpu").generate(IMAGES[:1])
+    command = ["predict", "--model", str(result.adapter_dir), IMAGES[0], "--json", "--device", "cpu"]
+    for threshold, warned in ((answer.confidence * 0.99, False), (answer.confidence * 1.01, True)):
+        replace(contract, min_confidence=threshold).save(result.adapter_dir)
+        capsys.readouterr()
+        assert main(command) == 0
+        row = json.loads(capsys.readouterr().out)
+        expected = (
+            f"confidence {answer.confidence:.2g} is below {threshold:.2g}: check this answer" if warned else None
+        )
+        assert row["warning"] == expected
+        assert row["confidence"] == pytest.approx(answer.confidence, rel=1e-3)
 
 
 def test_the_contract_survives(adapter, tmp_path):

@@ -302,6 +302,20 @@ def test_mathtext_stands_in():
     assert render_pngs(["x^2_", "x"], engine="mathtext")[0] is None
 
 
+@pytest.mark.parametrize(("spaced", "tight"), [("x ^ { 2 }", "x^{2}"), (r"\sum _ i x ' ^ 2", r"\sum_i x'^2")])
+def test_mathtext_sets_spaced_scripts(spaced, tight):
+    """Tokens apart, as data sets write them: matplotlib would set an empty script and then the 2 on the line."""
+    first, second = render([spaced, tight], engine="mathtext")
+    assert first.glyphs == second.glyphs and all(glyph.code != ord(" ") for glyph in first.glyphs)
+
+
+def test_blanks_that_mathtext_keeps():
+    r"""`\_` and `\ ` are characters of their own."""
+    for text, num_glyphs in ((r"a \_ b", 3), (r"a\ ^{2}", 2)):
+        (found,) = render([text], engine="mathtext")
+        assert found.error is None and len(found.glyphs) == num_glyphs
+
+
 def test_hostile_texts_for_mathtext():
     for text in HOSTILE.values():
         started = time.monotonic()

@@ -276,6 +276,46 @@ def test_a_comparison_is_shown(tmp_path, page):
     assert cells == ["Exact match", "0.5000", "0.2500", "+0.2500", "+0.1250", "+0.3750", "", "3", "1"]
 
 
+def test_confidence_is_shown(tmp_path, page):
+    bins = [{"num_rows": 3, "low": 0.1, "high": 0.5, "confidence": 0.25, "right": 0.5},
+            {"num_rows": 2, "low": 0.75, "high": 1.0, "confidence": 0.9, "right": 1.0}]  # fmt: skip
+    found = evaluation([("x", "x"), ("y", "x")], reliability=bins)
+    found.metrics.update(calibration_error=0.19, min_confidence=0.3, wrong_found=0.8)
+    for row, confidence in zip(found.rows, (0.9, 0.25), strict=True):
+        row["confidence"] = confidence
+    write_report(found, tmp_path / "report.html")
+    page.goto((tmp_path / "report.html").as_uri())
+    section = page.locator("section[aria-label=Confidence]")
+    assert section.locator("td").all_inner_texts() == [
+        "3", "10.0%", "50.0%", "25.0%", "50.0%", "2", "75.0%", "100%", "90.0%", "100%",
+    ]  # fmt: skip
+    assert "the mean distance is 19.0%. A warning below 30.0% strikes 5% of the right" in section.inner_text()
+    assert "and finds 80.0% of the wrong ones" in section.inner_text()
+    page.select_option("#choose-sort", "sure")
+    assert shown_ids(page) == ["identity_1", "identity_2"]
+    assert "confidence 25.0%" in page.locator(".row").last.inner_text()
+
+
+def test_rows_that_a_comparison_won_and_lost(tmp_path, page):
+    found = evaluation([("x", "x"), ("y", "x"), ("z", "z")], engine="latex")
+    for row, answer, gain in zip(found.rows, (r"\alpha", "x", "z"), (1.0, -1.0, 0.0), strict=True):
+        row.update(baseline_prediction=answer, gain=gain)
+    write_report(found, tmp_path / "report.html")
+    page.goto((tmp_path / "report.html").as_uri())
+    page.select_option("#choose-show", "won")
+    assert shown_ids(page) == ["identity_1"]
+    assert "better than the baseline by 100%" in page.locator(".row").inner_text()
+    assert page.locator(".row figcaption").all_inner_texts() == ["Prediction", "Reference", "Baseline"]
+    page.select_option("#choose-show", "lost")
+    assert shown_ids(page) == ["identity_2"]
+    page.keyboard.press("j")
+    page.keyboard.press("Enter")
+    assert page.locator(".more pre").all_inner_texts() == ["y", "x", "x"]
+    page.select_option("#choose-show", "all")
+    page.select_option("#choose-sort", "loss")
+    assert shown_ids(page) == ["identity_2", "identity_3", "identity_1"]
+
+
 @pytest.mark.slow
 def test_ten_thousand_rows_open_at_once(tmp_path, page):
     random.seed(0)

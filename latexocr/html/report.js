@@ -11,6 +11,7 @@ const LABELS = {
   glyph_f1: "glyph F1", picture_match: "picture match", picture_match_spacing: "picture match up to spacing",
   renders: "renders", runaway: "runaway", length: "length", num_tokens: "tokens generated", exprate_1: "at most 1 error",
   exprate_2: "at most 2 errors", exprate_3: "at most 3 errors", bleu: "BLEU", bleu_chars: "BLEU of characters",
+  confidence: "confidence", gain: "gain over the baseline",
 };
 const label = (name) => LABELS[name] ?? name.replaceAll("_", " ").replace(/^bleu/, "BLEU");
 const capital = (text) => text[0].toUpperCase() + text.slice(1);
@@ -28,6 +29,8 @@ const SHOW = [
   ["silent", "Wrong, same picture", (i) => !rows.exact_match[i] && rows.picture_match[i], "picture_match"],
   ["refused", "Does not render", (i) => !rows.renders[i], "renders"],
   ["runaway", "Runaway", (i) => rows.runaway[i], "runaway"],
+  ["won", "Better than the baseline", (i) => rows.gain[i] > 1e-9, "gain"],
+  ["lost", "Worse than the baseline", (i) => rows.gain[i] < -1e-9, "gain"],
 ].filter(([, , , needs]) => !needs || has(needs));
 
 // name, label, column, 1 for ascending
@@ -38,6 +41,10 @@ const SORT = [
   ["glyphs", "Lowest glyph F1", "glyph_f1", 1],
   ["long", "Longest first", "length", -1],
   ["short", "Shortest first", "length", 1],
+  ["unsure", "Least confident first", "confidence", 1],
+  ["sure", "Most confident first", "confidence", -1],
+  ["gain", "Largest gain first", "gain", -1],
+  ["loss", "Largest loss first", "gain", 1],
 ].filter(([, , column]) => !column || has(column));
 
 // A search is for LaTeX: blanks do not count. Built when first needed.
@@ -61,7 +68,8 @@ function select() {
   }
   found = Array.from({ length: numRows }, (_, i) => i).filter((i) => tests.every((test) => test(i)));
   const [, , column, direction] = SORT.find(([name]) => name === sort);
-  if (column) found.sort((a, b) => direction * ((rows[column][a] ?? Infinity) - (rows[column][b] ?? Infinity)) || a - b);
+  const value = (i) => rows[column][i] ?? direction * Infinity; // a row without one comes last
+  if (column) found.sort((a, b) => direction * (value(a) - value(b)) || a - b);
   else if (direction < 0) found.reverse();
   state.page = Math.min(state.page, Math.max(0, Math.ceil(found.length / PAGE_ROWS) - 1));
 }
@@ -154,6 +162,38 @@ function differences(entries) {
         draw("circle", { class: "dot", cx: x(entry, entry.difference), cy: 7, r: 3.5 }))),
       [entry.won, entry.lost].map((value) => make("td", { class: "number" }, exact(value))))))));
 }
+
+const CONFIDENCE_HEAD = ["answers", "confidence from", "to", "mean", "right"];
+
+/** Whether the answers are right as often as they claim. */
+function confidence() {
+  if (!data.confidence) return null;
+  const { bins, calibration_error, min_confidence, wrong_found } = data.confidence;
+  const [size, margin] = [230, 44];
+  const at = (value) => margin + (size - margin - 6) * value;
+  const up = (value) => size - at(value);
+  const warned = min_confidence === null ? "Too few answers are right to say from where on to warn."
+    : `A warning below ${percentage(min_confidence)} strikes 5% of the right answers${wrong_found === null ? "" : ` and finds ${percentage(wrong_found)} of the wrong ones`}.`;
+  return make("section", { "aria-label": "Confidence" },
+    make("h2", {}, "Does it know when it is wrong?"),
+    make("p", { class: "soft" }, `Answers sorted by confidence, in bins of equally many. On the line they are right (up to spacing and style) as often as they claim; the mean distance is ${percentage(calibration_error)}. ${warned}`),
+    make("div", { class: "charts" },
+      make("div", { class: "chart reliability" },
+        draw("svg", { viewBox: `0 0 ${size} ${size}`, role: "img", "aria-label": "Share right by confidence" },
+          [0, 0.5, 1].map((part) => [
+            draw("line", { class: "grid", x1: margin, x2: size - 6, y1: up(part), y2: up(part) }),
+            draw("text", { x: margin - 6, y: up(part) + 4, "text-anchor": "end" }, `${100 * part}${part === 1 ? "%" : ""}`),
+            draw("text", { x: at(part), y: size - margin + 18, "text-anchor": part === 1 ? "end" : "middle" }, `${100 * part}${part === 1 ? "% sure" : ""}`)]),
+          draw("line", { class: "grid", x1: at(0), y1: up(0), x2: at(1), y2: up(1) }),
+          draw("polyline", { class: "curve", points: bins.map((bin) => `${at(bin.confidence)},${up(bin.right)}`).join(" ") }),
+          bins.map((bin) => draw("circle", { class: "dot", cx: at(bin.confidence), cy: up(bin.right), r: 4 })))),
+      make("div", { class: "scroll" }, make("table", {},
+        make("thead", {}, make("tr", {}, CONFIDENCE_HEAD.map((name) => make("th", { class: "number", scope: "col" }, name)))),
+        make("tbody", {}, bins.map((bin) => make("tr", {}, make("td", { class: "number" }, exact(bin.num_rows)),
+          [bin.low, bin.high, bin.confidence, bin.right].map((value) => make("td", { class: "number" }, percentage(value))))))))));
+}
+
+const percentage = (value) => `${shown(value, true)}%`;
 
 // --- charts -----------------------------------------------------------------------------------------------
 
@@ -338,6 +378,8 @@ function facts(i) {
     rows.exact_match[i] ? null : `edit distance ${shown(rows.edit_distance[i], true)}%`,
     rows.glyph_f1 && !rows.exact_match[i] ? `glyph F1 ${shown(rows.glyph_f1[i], true)}%` : null,
     rows.length ? count(rows.length[i], "token") : null,
+    (rows.confidence?.[i] ?? null) === null ? null : `confidence ${percentage(rows.confidence[i])}`,
+    has("gain") && rows.gain[i] ? `${rows.gain[i] > 0 ? "better" : "worse"} than the baseline by ${percentage(Math.abs(rows.gain[i]))}` : null,
   ].filter(Boolean);
 }
 
@@ -350,7 +392,7 @@ function pictures(i) {
   };
   const photo = has("picture") ? make("figure", {}, make("figcaption", {}, "Picture"), rows.picture[i] === null
     ? make("span", { class: "soft" }, "not found") : picture(rows.picture[i], "photo", "What the model was given")) : null;
-  const figures = [photo, drawn("prediction", "Prediction"), drawn("reference", "Reference")].filter(Boolean);
+  const figures = [photo, drawn("prediction", "Prediction"), drawn("reference", "Reference"), drawn("baseline_prediction", "Baseline")].filter(Boolean);
   return figures.length ? make("div", { class: "pictures" }, figures) : null;
 }
 
@@ -370,6 +412,7 @@ function more(i) {
   const values = Object.keys(LABELS).filter((name) => has(name) && rows[name][i] !== null);
   const places = rows.slices[i].map((number) => `${label(data.slices[number].by)} ${data.slices[number].slice}`);
   return make("div", { class: "more" }, text("prediction", "Prediction as it came"), text("reference", "Reference as it came"),
+    has("baseline_prediction") ? text("baseline_prediction", "Baseline's prediction as it came") : null,
     make("dl", {}, values.map((name) => make("div", {}, make("dt", {}, label(name)), make("dd", {}, exact(rows[name][i])))),
       places.length ? make("div", {}, make("dt", {}, "slices"), make("dd", {}, places.join(", "))) : null));
 }
@@ -444,6 +487,7 @@ startPage(
   headline(),
   make("section", {}, allFigures()),
   comparison(),
+  confidence(),
   make("section", { "aria-label": "Where it fails" },
     make("div", { class: "heading" }, make("div", {}, make("h2", {}, "Where it fails"), make("p", { class: "soft" }, "Press a part of a chart to see its rows below. The grey numbers are rows.")),
       sliceMetrics.length ? make("label", {}, make("small", {}, "Metric "), make("select", { id: "choose-metric", change: (event) => { metric = event.target.value; drawCharts(); } },
