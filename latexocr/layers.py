@@ -80,13 +80,18 @@ class FusedRMSNorm(_Fused):
 
 
 class FusedLayerNorm(_Fused):
-    """PyTorch's own kernel, also under autocast, which would make float32 of input and output."""
+    """PyTorch's own kernel, also under autocast, which would make float32 of input and output.
+
+    In full training the weights are float32 and the vision tower's input is not: then they are rounded too.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not lora.takes(x):
             return super().forward(x)
+        dtype = min(x.dtype, self.weight.dtype, key=lambda dtype: dtype.itemsize)
         with torch.autocast("cuda", enabled=False):
-            return layer_norm(x.to(self.weight.dtype), self.normalized_shape, self.weight, self.bias, self.eps)
+            x, weight, bias = (tensor.to(dtype) for tensor in (x, self.weight, self.bias))
+            return layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class FusedGatedMlp(_Fused):
