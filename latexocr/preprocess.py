@@ -319,7 +319,8 @@ class Variation:
     Args:
         token_corruption: share of the answer's tokens that the decoder is shown wrong: random other ones, while the
             labels stay right. A decoder that cannot trust what it wrote has to look at the picture.
-        augment: a style of `latexocr.augment`, None for pictures as they are.
+        augment: a style of `latexocr.styles`, None for pictures as they are. Some scale or turn: lengths and budgets
+            remain those of the pictures as they are.
         seed: with epoch and record it says what becomes of a record, on any worker and rank, resumed or not.
     """
 

@@ -142,6 +142,21 @@ def test_corrupted_tokens_are_shown_and_not_asked_for(config, tiny):
     assert not torch.equal(first["input_ids"], dataset[0]["input_ids"])
 
 
+def test_pictures_vary_from_epoch_to_epoch(full, tiny, tmp_path):
+    """The same picture again in the same epoch, another one in the next and for another record; a style must exist."""
+    _, preprocessor = load_preprocessor(full())
+    record = Record("1", SAMPLE / "images/000000.png", "x", "record 1")
+    dataset = FormulaDataset([record] * 2, preprocessor, variation=Variation(augment="print", seed=7))
+    first, again, other = dataset[0], dataset[0], dataset[1]
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    dataset.set_epoch(1)
+    for sample in (other, dataset[0], FormulaDataset([record], preprocessor)[0]):
+        assert not torch.equal(sample["pixel_values"], first["pixel_values"])
+    assert len(train(full(augment="print", max_steps=1)).metrics) == 1
+    with pytest.raises(InputError, match="prints"):
+        train(full(augment="prints", output_dir=str(tmp_path / "other")))
+
+
 @pytest.mark.slow
 def test_variations_do_not_depend_on_the_number_of_workers(full, tmp_path):
     """Two epochs with workers that live as long as the run and without any: the same losses."""
