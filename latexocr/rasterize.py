@@ -39,8 +39,7 @@ def picture(rendering: Rendering, style: Style, rng: np.random.Generator) -> Ima
     Raises:
         InputError: nothing to draw, too large, or a font is not there as outlines.
     """
-    dpi = int(rng.choice(style.dpi))
-    weight = int(rng.choice(style.weights))
+    dpi, weight = int(rng.choice(style.dpi)), int(rng.choice(style.weights))
     origin = rng.random(2)  # where a page puts a formula is no whole number of pixels
     shifts = rng.normal(0, style.jitter, (len(rendering.glyphs), 2)) if style.jitter else None
     grey = 255 - ink(rendering, dpi=dpi, weight=weight, style=style, origin=origin, shifts=shifts)
@@ -153,7 +152,7 @@ class _Bitmap(NamedTuple):
     top: int
 
 
-@lru_cache(maxsize=60_000)  # about 40 MB
+@lru_cache(maxsize=40_000)  # about 30 MB
 def _glyph(
     engine: Engine, font: str, size_px: float, code: int, weight: int, touched: bool, phase_x: float, phase_y: float
 ) -> _Bitmap | None:
@@ -175,7 +174,7 @@ def _glyph(
     return _Bitmap(coverage, left, top)
 
 
-@lru_cache(maxsize=10_000)
+@lru_cache(maxsize=4_000)  # about 20 MB
 def _large_glyph(engine: Engine, font: str, size_px: float, code: int, weight: int) -> _Bitmap | None:
     face, codes = _face(engine, font, size_px)
     character = chr(code) if codes is None else codes[code]

@@ -39,7 +39,7 @@ class Style:
         jitter: how far glyphs are moved about at random, in points (standard deviation).
         margins: least and greatest width of the white around the ink, in pixels of the finished picture.
         sizes: (width, height) in pixels; a picture is padded right and below to the first that holds it.
-        levels: number of grey levels that are stored.
+        levels: number of grey levels that are stored: noise makes files large, and nobody sees one step in 16.
         effects: what `latexocr.augment.augment` does, in this order.
     """
 
@@ -103,6 +103,7 @@ STYLES = {
         phases=2,
         weights=(0, 0, 0, 1, 2),
         margins=(2, 14),
+        levels=16,
         effects=(
             Effect("scale", 0.3, 0.9, 1.1),
             Effect("weight", 0.3, -0.5, 0.5),
@@ -118,6 +119,7 @@ STYLES = {
         dpi=(100, 120, 140, 170, 200),
         weights=(0, 1, 1, 2),
         margins=(6, 24),
+        levels=16,
         effects=(
             Effect("rotate", 0.9, -2.0, 2.0),
             Effect("blur", 0.7, 0.3, 1.0),

@@ -101,11 +101,11 @@ def vary(text: str, probability: float, rng: np.random.Generator) -> str:
     if not _LOW_LEVEL.isdisjoint(tokens):
         return text
     freedom = _freedom(tokens)
-    consistent: dict[tuple[str, bool], str] | None = {} if rng.random() < _CONSISTENT else None
+    made: dict[tuple[str, int], str] | None = {} if rng.random() < _CONSISTENT else None
     parts, done = [], 0
     for (start, end), token, free in zip(spans, tokens, freedom, strict=True):
         parts.append(text[done:start])
-        new = token if free == _FIXED else _exchanged(token, free == _FREE, probability, consistent, rng)
+        new = _exchanged(token, free, probability, made, rng)
         parts.append(new)
         if new != token and new[0] == "\\" and text[end : end + 1].isalpha():
             parts.append(" ")
@@ -113,19 +113,22 @@ def vary(text: str, probability: float, rng: np.random.Generator) -> str:
     return "".join([*parts, text[done:]])
 
 
-def _exchanged(token, any_alphabet, probability, consistent, rng: np.random.Generator) -> str:
+def _exchanged(
+    token: str, free: int, probability: float, made: dict[tuple[str, int], str] | None, rng: np.random.Generator
+) -> str:
+    """The token or another one in its place; `made` keeps what became of each kind, if that is to be kept."""
     line = _LINE_OF.get(token)
-    if line is None:
+    if line is None or free == _FIXED:
         return token
-    if consistent is not None and (token, any_alphabet) in consistent:
-        return consistent[token, any_alphabet]
+    if made is not None and (token, free) in made:
+        return made[token, free]
     new = token
     if rng.random() < probability:
-        if any_alphabet and token in _LETTERS and rng.random() < _OTHER_ALPHABET:
+        if free == _FREE and token in _LETTERS and rng.random() < _OTHER_ALPHABET:
             line = _ALPHABETS[rng.integers(len(_ALPHABETS))]
         new = line[rng.integers(len(line))]
-    if consistent is not None:
-        consistent[token, any_alphabet] = new
+    if made is not None:
+        made[token, free] = new
     return new
 
 

@@ -68,7 +68,7 @@ def test_importing_is_light_and_does_nothing():
     """`latexocr` and the stages that need no model import neither torch nor transformers, and say nothing."""
     code = (
         "import sys, latexocr.cli, latexocr.config, latexocr.data2csv, latexocr.csv2json, latexocr.evaluate, "
-        "latexocr.predict, latexocr.merge, latexocr.preview, latexocr.build, latexocr.metrics\n"
+        "latexocr.predict, latexocr.merge, latexocr.preview, latexocr.build, latexocr.metrics, latexocr.synthesize\n"
         "print(sorted({'torch', 'transformers', 'pandas', 'pyarrow', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

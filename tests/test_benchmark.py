@@ -178,6 +178,15 @@ def test_rendering(tmp_path):
 
 
 @requires_tex
+def test_synthesize(tmp_path):
+    (tmp_path / "formulas.tsv").write_text("key\t\tx _ { 1 }\nkey\t\t\\frac { a } { b }\n")
+    found = run("synthesize.py", "--formulas", tmp_path / "formulas.tsv", "--images", 20, "--workers", 1)["results"]
+    assert found["augment_ms"].keys() == {"im2latex", "print", "scan", "chalk"}
+    for style in ("im2latex", "print", "scan"):
+        assert found["synthesize"][style]["images_per_second"] > 0 and found["synthesize"][style]["rejected"] == 0
+
+
+@requires_tex
 def test_glyph_f1(tmp_path):
     rows = [("x^2", "x_2", 1.0), ("x+1", "x+2", 0.667), ("a", "a", 1.0), ("b", "c", 0.0), ("a+b+c", "a+b", 0.75)]
     pairs = [{"prediction": one, "reference": other, "cdm_f1": value} for one, other, value in rows]

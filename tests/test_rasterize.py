@@ -126,7 +126,7 @@ def test_im2latex_has_the_margin_and_a_size_of_the_originals():
     not LATEX_OCR.is_file(), reason="the LaTeX_OCR originals are not beside this checkout (../shared/data/latex_ocr)"
 )
 def test_im2latex_looks_like_the_originals():
-    """Against the best of 16 places of the page: half the pictures differ by less than 1.5 of 255 on average."""
+    """Against the best of 16 places of the page: half the pictures differ by less than 2.5 of 255 on average."""
     import pyarrow.parquet
 
     rows = pyarrow.parquet.read_table(LATEX_OCR).slice(0, 120).to_pylist()
@@ -134,12 +134,10 @@ def test_im2latex_looks_like_the_originals():
     ours, naive = [], []
     for original, one in zip(originals, render([row["text"] for row in rows]), strict=True):
         tries = [picture(one, STYLES["im2latex"], np.random.default_rng(seed)) for seed in range(16)]
-        if one.error or tries[0].size != original.shape[::-1]:
-            continue  # the text lacks blanks that the picture has
-        greys = [np.round(np.asarray(image) / 85) * 85 for image in tries]
-        ours.append(min(abs(grey - original).mean() for grey in greys))
-        style = Style(dpi=(100,), margins=(4, 4), sizes=STYLES["im2latex"].sizes)
-        plain = picture(one, style, np.random.default_rng(0))
-        naive.append(abs(np.asarray(plain) - original).mean() if plain.size == original.shape[::-1] else np.inf)
+        greys = [np.round(np.asarray(image) / 85) * 85 for image in tries if image.size == original.shape[::-1]]
+        plain = picture(one, Style(sizes=STYLES["im2latex"].sizes), np.random.default_rng(0))
+        if greys and plain.size == original.shape[::-1]:  # else the text lacks blanks that the picture has
+            ours.append(min(abs(grey - original).mean() for grey in greys))
+            naive.append(abs(np.asarray(plain) - original).mean())
     assert len(ours) > 60
-    assert np.median(ours) < 2.5 < 2 * 2.5 < np.median(naive)
+    assert np.median(ours) < 2.5 and np.median(naive) > 5

@@ -70,6 +70,16 @@ def test_what_cannot_be_drawn_is_counted_and_listed(tmp_path, formulas):
     assert "3 pictures" in str(result) and "1 formulas not drawn (1 ParseFatalException)" in str(result)
 
 
+def test_tables_hold_any_text(tmp_path):
+    texts = ["a\r b", 'x ,\n "y"', "a\0b", "\ud800"]
+    (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    result = synthesize(
+        output_dir=tmp_path / "new", formulas=tmp_path / "texts.jsonl", engine="mathtext", label="as_is", workers=1
+    )
+    found = [row["text"] for row in [*rows(result.csv), *rows(result.rejected_csv)]]
+    assert sorted(found) == ["\\ud800", "a\r b", "a\\x00b", 'x ,\n "y"']
+
+
 def test_every_text_is_taken_before_one_is_taken_again(tmp_path, formulas):
     result = synthesize(
         output_dir=tmp_path / "new", formulas=formulas, num_images=9, engine="mathtext", label="as_is", workers=1

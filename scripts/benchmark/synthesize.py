@@ -111,8 +111,8 @@ def _closeness(file: Path, number: int) -> dict[str, float]:
             continue
         original = np.asarray(Image.open(io.BytesIO(row["image"]["bytes"])).convert("L")).astype(float)
         places = [picture(one, im2latex, np.random.default_rng(place)) for place in range(PLACES)]
-        greys = [np.round(np.asarray(image) / 85) * 85 for image in places]
-        if greys[0].shape != original.shape or np.abs(_ink_size(greys[0]) - _ink_size(original)).max() > 1:
+        greys = [np.round(np.asarray(image) / 85) * 85 for image in places if image.size == original.shape[::-1]]
+        if not greys or np.abs(_ink_size(greys[0]) - _ink_size(original)).max() > 1:
             continue
         ours.append(min(float(np.abs(grey - original).mean()) for grey in greys))
         drawn = np.full(original.shape, 255.0)
