@@ -90,6 +90,7 @@ class FormulaTrainer(Trainer):
             # Not wrapped in DDP, whose hooks hold on to the graph's nodes: one all-reduce follows the replay.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._gradients: GradientBuffer | None = None
+        self._loader: DataLoader | None = None
         self._average = WeightAverage(self.model, self.args.average_weights) if self.args.average_weights else None
         self._micro_batch = 0
         if self.args.flatten:
@@ -131,7 +132,7 @@ class FormulaTrainer(Trainer):
         if self.batches is not None:
             return self._loader_by_budget(self.batches)
         loader = super().get_train_dataloader()
-        inner = loader.base_dataloader  # accelerate iterates over this one
+        self._loader = inner = loader.base_dataloader  # accelerate iterates over this one
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
         # Starting workers draws a number, in a resumed run more often: not from the generator that dropout uses.
         inner.generator = torch.Generator()
@@ -139,7 +140,7 @@ class FormulaTrainer(Trainer):
 
     def _loader_by_budget(self, batches: BudgetSampler) -> DataLoader:
         """Every rank has its own batches: accelerate only moves them to the device, as one process of one."""
-        loader = DataLoader(
+        self._loader = loader = DataLoader(
             self.train_dataset,
             batch_sampler=batches,
             collate_fn=self.data_collator,
@@ -420,7 +421,11 @@ class FormulaTrainer(Trainer):
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         self._resumed_from, self._weights_step = resume_from_checkpoint, None
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        try:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:  # workers that live on are told to end; at its exit PyTorch would wait five seconds for each
+            if self._loader is not None:
+                self._loader._iterator = None
         if self.args.load_best_model_at_end and self.state.best_model_checkpoint:
             self._weights_step = self.state.best_global_step  # the weights are the best checkpoint's now
         if self._average:

@@ -47,6 +47,7 @@ def test_image_workers_live_on_over_epochs(config, tmp_path, monkeypatch):
     shared = losses(train(config(output_dir=str(tmp_path / "2"), dataloader_num_workers=2, **options)))
     assert len(started) == 2
     assert shared == alone
+    assert not any(worker.is_alive() for worker in started)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
