@@ -18,7 +18,9 @@ class StopSignal(TrainerCallback):
     """SIGTERM or Ctrl-C: finish the step, write a checkpoint, end training. A second Ctrl-C stops at once."""
 
     def __init__(self) -> None:
-        self.received = 0  # signal number
+        self.received = 0  # number of the signal that training stops for, the same on all ranks
+        self._here = 0  # of the one that this process has got
+        self._asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -32,20 +34,42 @@ class StopSignal(TrainerCallback):
             signal.signal(number, handler)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
+        if self._here and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.received = number
+        self._here = number
 
     def agreed(self, world_size: int, device: torch.device) -> bool:
         """Whether any rank was told to stop: ranks must leave the loop after the same step or they hang."""
+        self.received = self._here
         if world_size > 1:
-            received = torch.tensor(self.received, device=device)
+            received = torch.tensor(self._here, device=device)
             torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
             self.received = int(received)
         return self.received != 0
 
+    def agreed_before(self, world_size: int, device: torch.device) -> bool:
+        """`agreed` when this was called last, where an answer of now would have to wait for the GPU.
+
+        A step that waits for its end lets the GPU idle until the next one is launched.
+        """
+        if world_size == 1 or device.type != "cuda":
+            return self.agreed(world_size, device)
+        if self._asked:
+            answer, event = self._asked
+            event.synchronize()
+            self.received = int(answer)
+        received = torch.full((), self._here, device=device)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        answer = torch.empty((), dtype=received.dtype, pin_memory=True).copy_(received, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._asked = answer, event
+        return self.received != 0
+
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        if self.agreed(args.world_size, args.device):
+        if self.agreed_before(args.world_size, args.device):
+            if args.save_total_limit == 1:
+                args.save_total_limit = 2  # of one, transformers keeps the best only, and this one is to go on with
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
 

@@ -77,6 +77,20 @@ def test_a_signal_during_validation(tiny, records, tmp_path):
     assert (tmp_path / "checkpoint-2/latexocr.json").is_file()
 
 
+def test_the_checkpoint_stays_where_only_one_is_kept(tiny, records, tmp_path):
+    """transformers deletes the last one at the end of training unless it is the best, which has been evaluated."""
+    arguments = command(tiny, records, tmp_path, "--val_json", str(records["val"]), "--eval_strategy", "steps",
+                        "--eval_steps", "3", "--save_steps", "3", "--save_total_limit", "1",
+                        "--eval_generate_samples", "0")  # fmt: skip
+    arguments[arguments.index("--save_strategy") + 1] = "steps"
+    process = run_until(5, arguments, tmp_path)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 143, err
+    last = max(row["step"] for row in read_metrics(tmp_path / "metrics.jsonl"))
+    assert (tmp_path / f"checkpoint-{last}/latexocr.json").is_file()
+
+
 def test_metrics_survive_a_kill(tiny, records, tmp_path):
     process = run_until(4, command(tiny, records, tmp_path), tmp_path)
     process.kill()
