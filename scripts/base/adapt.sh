@@ -1,0 +1,36 @@
+#!/usr/bin/env bash
+# From printed formulas to handwriting: the base as it is, and after LoRA, full training and training from nothing.
+#
+#   bash scripts/base/adapt.sh BASE TRAIN VAL OUTPUT [OPTION ...]
+#
+# BASE    the base model (data/base)
+# TRAIN   a folder from `latexocr data2csv`: handwritten formulas
+# VAL     the same, to validate on
+# OUTPUT  a new folder: OUTPUT/{before,lora,full,nothing}
+# OPTION  of `latexocr train`, for all runs; GPUs are used one a run, as far as there are any
+set -euo pipefail
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+root=$(dirname "$(dirname "$here")")
+base=$1 train=$2 val=$3 out=$4
+shift 4
+export PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}"
+latexocr() { "${PYTHON:-python}" -m latexocr "$@"; }
+gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
+
+for side in train val; do
+    latexocr csv2json --csv "${!side}/data.csv" --normalize 1 --val-size 0 --train-json "$out/$side.json" \
+        --val-json "$out/none.json"
+done
+number=0
+run() {  # NAME OPTION ...
+    local name=$1
+    shift
+    CUDA_VISIBLE_DEVICES=$((gpus ? number++ % gpus : 0)) latexocr train --config "$here/adapt.yaml" \
+        --model_name_or_path "$base" --train_json "$out/train.json" --val_json "$out/val.json" \
+        --output_dir "$out/$name" "$@" >"$out/$name.log" 2>&1 &
+}
+run lora --lora_r 64 --lora_alpha 64 --lora_components language merger vision --learning_rate 1e-3 "$@"
+run full --finetuning full --learning_rate 5e-4 "$@"
+run nothing --finetuning full --init_from_config true --learning_rate 1e-3 "$@"
+latexocr evaluate --model "$base" --data "$out/val.json" --output-dir "$out/before" --no-pictures >"$out/before.log" 2>&1
+wait
