@@ -54,8 +54,8 @@ TINY_TEXT = dict(
     initializer_range=0.1,
     rope_parameters={"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [4, 6, 6]},
 )  # fmt: skip
-# 11 million parameters with 1,500 tokens. Patches of 6 pixels: a visual token covers one or two glyphs of print that is
-# 14 pixels high. The decoder is small, so that it looks at the picture instead of learning texts by heart.
+# 11 million parameters with 1,000 tokens. Patches of 6 pixels: a visual token covers one or two glyphs of print that
+# is 14 pixels high. The decoder is small, so that it looks at the picture instead of learning texts by heart.
 BASE_TEXT = dict(
     hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
     max_position_embeddings=32768, tie_word_embeddings=True,

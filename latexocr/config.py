@@ -40,13 +40,23 @@ class TrainOptions:
     output_dir: str | None = option("outputs/latexocr", "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/")
     overwrite_output_dir: bool = option(False, "discard an earlier run in output_dir instead of refusing")
 
-    # what the model sees
-    prompt: str = option(PROMPT, "the instruction beside every image")
-    image_mode: Literal["fit", "fixed"] = option("fit", "fit: keep the aspect ratio; fixed: stretch to one size")
-    min_visual_tokens: int = option(64, "fit: small images are enlarged to about this many visual tokens")
-    max_visual_tokens: int = option(1024, "fit: large images are shrunk to at most this many visual tokens")
-    image_height: int = option(100, "fixed: height in pixels, rounded to whole cells")
-    image_width: int = option(500, "fixed: width in pixels, rounded to whole cells")
+    # what the model sees; left out, as the base was trained by this library (its latexocr.json), else as said here
+    prompt: str | None = option(None, f"the instruction beside every image (default: the base's, else {PROMPT!r})")
+    image_mode: Literal["fit", "fixed"] | None = option(
+        None, "fit: keep the aspect ratio; fixed: stretch to one size (default: the base's, else fit)"
+    )
+    min_visual_tokens: int | None = option(
+        None, "fit: small images are enlarged to about this many visual tokens (default: the base's, else 64)"
+    )
+    max_visual_tokens: int | None = option(
+        None, "fit: large images are shrunk to at most this many visual tokens (default: the base's, else 1024)"
+    )
+    image_height: int | None = option(
+        None, "fixed: height in pixels, rounded to whole cells (default: the base's, else 100)"
+    )
+    image_width: int | None = option(
+        None, "fixed: width in pixels, rounded to whole cells (default: the base's, else 500)"
+    )
     max_length: int = option(2048, "longest record in tokens: prompt, image, answer and end token")
     overlong: Literal["drop", "error"] = option("drop", "a longer record is dropped and counted, or refused")
 

@@ -12,10 +12,9 @@ import json
 import logging
 import math
 import os
-import shlex
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +26,7 @@ from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
 from latexocr.collate import FlattenedCollator, FormulaCollator
+from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
@@ -60,6 +60,14 @@ from latexocr.trainer import FINAL, FormulaTrainer, validation_file
 from latexocr.vision_cache import GivenFeatures, VisionCache
 
 logger = logging.getLogger(__name__)
+# option -> field of ImagePolicy
+IMAGE_OPTIONS = {
+    "image_mode": "mode",
+    "min_visual_tokens": "min_visual_tokens",
+    "max_visual_tokens": "max_visual_tokens",
+    "image_height": "height",
+    "image_width": "width",
+}
 
 
 @dataclass(frozen=True)
@@ -346,36 +354,26 @@ def _statistics(selection: Selection) -> str:
 
 
 def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
-    """The base checkpoint's folder, and the preprocessing that this configuration means for it."""
+    """The base checkpoint's folder, and the preprocessing that this configuration means for it.
+
+    What it leaves open is as the base knows it, and is filled in.
+    """
     base_folder = resolve_checkpoint(config.model_name_or_path, config.hub)
     family = family_in(base_folder)
     processor = load_processor(base_folder, trust_remote_code=config.trust_remote_code)
-    policy = ImagePolicy(
-        cell=processor.image_processor.patch_size * processor.image_processor.merge_size,
-        mode=config.image_mode,
-        min_visual_tokens=config.min_visual_tokens,
-        max_visual_tokens=config.max_visual_tokens,
-        height=config.image_height,
-        width=config.image_width,
-    )
-    _warn_of_other_pictures(base_folder, policy, config.prompt)
-    return base_folder, Preprocessor(processor, family, policy, config.prompt)
-
-
-def _warn_of_other_pictures(base_folder: Path, policy: ImagePolicy, prompt: str) -> None:
-    """A base that this library trained knows one prompt and one size of pictures."""
     known = Contract.load(base_folder)
-    if known is None:
-        return
-    pairs = {
-        "prompt": (known.prompt, prompt),
-        "image_mode": (known.image_policy.mode, policy.mode),
-        "min_visual_tokens": (known.image_policy.min_visual_tokens, policy.min_visual_tokens),
-        "max_visual_tokens": (known.image_policy.max_visual_tokens, policy.max_visual_tokens),
-    }
-    flags = [f"--{name} {shlex.quote(str(before))}" for name, (before, now) in pairs.items() if before != now]
-    if flags:
-        logger.warning(f"{base_folder}: was trained with {' '.join(flags)}; this run with others, which it must learn")
+    cell = processor.image_processor.patch_size * processor.image_processor.merge_size
+    given = {field: getattr(config, option) for option, field in IMAGE_OPTIONS.items()}
+    policy = replace(
+        known.image_policy if known else ImagePolicy(),
+        cell=cell,
+        **{field: value for field, value in given.items() if value is not None},
+    )
+    for option, field in IMAGE_OPTIONS.items():  # config.yaml says what was used
+        setattr(config, option, getattr(policy, field))
+    if config.prompt is None:
+        config.prompt = known.prompt if known else PROMPT
+    return base_folder, Preprocessor(processor, family, policy, config.prompt)
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:

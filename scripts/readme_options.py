@@ -33,12 +33,24 @@ CHINESE = {
         "输出目录：检查点、metrics.jsonl、config.yaml、adapter/ 或 model/"
     ),
     "discard an earlier run in output_dir instead of refusing": "删掉 output_dir 里的旧训练，而不是拒绝运行",
-    "the instruction beside every image": "每张图片旁的指令",
-    "fit: keep the aspect ratio; fixed: stretch to one size": "fit：保持宽高比；fixed：拉伸到固定尺寸",
-    "fit: small images are enlarged to about this many visual tokens": "fit：小图放大到约这么多视觉 token",
-    "fit: large images are shrunk to at most this many visual tokens": "fit：大图缩小到至多这么多视觉 token",
-    "fixed: height in pixels, rounded to whole cells": "fixed：高度（像素），取整到完整的格子",
-    "fixed: width in pixels, rounded to whole cells": "fixed：宽度（像素），取整到完整的格子",
+    "the instruction beside every image (default: the base's, else 'Write the LaTeX of the formula in this image.')": (
+        "每张图片旁的指令（默认：与底座训练时相同，否则 'Write the LaTeX of the formula in this image.'）"
+    ),
+    "fit: keep the aspect ratio; fixed: stretch to one size (default: the base's, else fit)": (
+        "fit：保持宽高比；fixed：拉伸到固定尺寸（默认：与底座训练时相同，否则 fit）"
+    ),
+    "fit: small images are enlarged to about this many visual tokens (default: the base's, else 64)": (
+        "fit：小图放大到约这么多视觉 token（默认：与底座训练时相同，否则 64）"
+    ),
+    "fit: large images are shrunk to at most this many visual tokens (default: the base's, else 1024)": (
+        "fit：大图缩小到至多这么多视觉 token（默认：与底座训练时相同，否则 1024）"
+    ),
+    "fixed: height in pixels, rounded to whole cells (default: the base's, else 100)": (
+        "fixed：高度（像素），取整到完整的格子（默认：与底座训练时相同，否则 100）"
+    ),
+    "fixed: width in pixels, rounded to whole cells (default: the base's, else 500)": (
+        "fixed：宽度（像素），取整到完整的格子（默认：与底座训练时相同，否则 500）"
+    ),
     "longest record in tokens: prompt, image, answer and end token": "一条记录最多多少 token，含图像和结束符",
     "a longer record is dropped and counted, or refused": "超长记录：drop 丢弃并计数，error 报错",
     "lora: adapters on frozen weights; full: every weight": "lora：权重冻结，只训练适配器；full：训练全部权重",

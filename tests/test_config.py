@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from latexocr.config import PROMPT, TrainOptions, option_table, parse_train_arguments, train_help, typed_values
+from latexocr.config import TrainOptions, option_table, parse_train_arguments, train_help, typed_values
 from latexocr.errors import InputError
 
 
@@ -19,7 +19,7 @@ def test_flags_win_over_yaml_and_yaml_over_defaults(tmp_path):
     values = parse_train_arguments(["--config", str(tmp_path / "c.yaml"), "--lora-r", "16", "--use_cpu"])
     config = TrainConfig.from_dict(values)
     assert (config.lora_r, config.learning_rate, config.num_train_epochs) == (16, 2e-4, 3.0)
-    assert (config.lora_alpha, config.prompt, config.use_cpu) == (16, PROMPT, True)
+    assert (config.lora_alpha, config.max_length, config.use_cpu) == (16, 2048, True)
 
 
 def test_the_recipe_is_the_tutorials():

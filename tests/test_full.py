@@ -213,9 +213,13 @@ def test_options_that_do_not_go_together(full):
             full(**options)
 
 
-def test_a_base_that_knows_other_pictures(full, caplog, tmp_path):
+def test_prompt_and_pictures_are_those_of_the_base(full, tmp_path):
+    """A whole model of ours is trained on with the prompt and sizes that it knows, unless others are given."""
     first = train(full(output_dir=str(tmp_path / "1"), max_steps=1, min_visual_tokens=16, prompt="Read it."))
-    load_preprocessor(full(model_name_or_path=str(first.adapter_dir), min_visual_tokens=16, prompt="Read it."))
-    assert "was trained with" not in caplog.text
-    load_preprocessor(full(model_name_or_path=str(first.adapter_dir)))
-    assert "was trained with --prompt 'Read it.' --min_visual_tokens 16; this run with others" in caplog.text
+    config = full(model_name_or_path=str(first.adapter_dir), max_visual_tokens=512)
+    _, preprocessor = load_preprocessor(config)
+    policy = preprocessor.policy
+    assert (preprocessor.prompt, policy.min_visual_tokens, policy.max_visual_tokens) == ("Read it.", 16, 512)
+    assert config.resolved()["prompt"] == "Read it." and config.resolved()["min_visual_tokens"] == 16
+    _, preprocessor = load_preprocessor(full(model_name_or_path=str(first.adapter_dir), prompt="Another."))
+    assert preprocessor.prompt == "Another."
