@@ -33,7 +33,7 @@ class Csv2JsonResult:
     """Counts of the split; printed, it is the summary line."""
 
     train_json: Path
-    val_json: Path
+    val_json: Path | None
     num_train: int
     num_val: int
     num_train_formulas: int
@@ -41,9 +41,11 @@ class Csv2JsonResult:
     seed: int
 
     def __str__(self) -> str:
+        summary = f"{self.train_json}: {self.num_train} rows of {self.num_train_formulas} formulas"
+        if self.val_json is None:
+            return summary
         return (
-            f"{self.train_json}: {self.num_train} rows of {self.num_train_formulas} formulas; "
-            f"{self.val_json}: {self.num_val} rows of {self.num_val_formulas} other formulas "
+            f"{summary}; {self.val_json}: {self.num_val} rows of {self.num_val_formulas} other formulas "
             f"(seed {self.seed})"
         )
 
@@ -51,9 +53,9 @@ class Csv2JsonResult:
 def csv2json(
     csv: Path | list[Path],
     train_json: Path,
-    val_json: Path,
+    val_json: Path | None = None,
     *,
-    val_size: int | float = 0.05,
+    val_size: int | float | None = None,
     normalize: Literal[0, 1, 2] | None = None,
     seed: int = 42,
 ) -> Csv2JsonResult:
@@ -65,8 +67,8 @@ def csv2json(
     Args:
         csv: tables with the columns image_path and text; paths are relative to each table's folder.
         train_json: file for the training records; its paths are relative to its own folder.
-        val_json: file for the validation records.
-        val_size: rows for validation, as a count (200) or a fraction (0.05); 0 for none.
+        val_json: file for the validation records; without one, all rows are for training.
+        val_size: rows for validation, as a count (200) or a fraction (0.1), 0 for none; 0.05 where left out.
         normalize: write the texts in canonical spelling at this level of `latexocr.metrics.normalize`, so that a model
             need not guess which of several spellings is meant; left out, they stay as they are.
         seed: another seed gives another split.
@@ -75,29 +77,34 @@ def csv2json(
         Counts of rows and formulas on both sides.
 
     Raises:
-        InputError: a missing file, column or image, a blank text, or a val_size that leaves no training rows.
+        InputError: a missing file, column or image, a blank text, or a val_size that leaves no training rows or has no
+            val_json.
     """
     tables = [Path(table) for table in (csv if isinstance(csv, list | tuple) else [csv])]
-    train_json, val_json = Path(train_json), Path(val_json)
-    if len({file.absolute() for file in (*tables, train_json, val_json)}) < len(tables) + 2:
+    targets = [Path(train_json), *([Path(val_json)] if val_json is not None else [])]
+    if len({file.absolute() for file in (*tables, *targets)}) < len(tables) + len(targets):
         raise InputError(f"{train_json}: each table, train and validation all need files of their own")
     rows = [row for table in tables for row in _read_rows(table)]
     if normalize is not None:
         texts = _normalized([row.text for row in rows], normalize)
         rows = [row._replace(text=text) for row, text in zip(rows, texts, strict=True)]
-    num_val = _num_val(val_size, len(rows))
+    if val_json is None and val_size:
+        raise InputError(f"val_size {val_size}: needs a val_json to write these rows to")
+    num_val = _num_val(0.05 if val_size is None else val_size, len(rows)) if val_json is not None else 0
     formulas = _group_by_formula([row.text for row in rows])
     chosen = _choose(formulas, num_val, seed)
     val_rows = {row for formula in chosen for row in formulas[formula]}
     train = [row for row in range(len(rows)) if row not in val_rows]
-    _write_both(
-        {
-            train_json: _records(rows, train, train_json),
-            val_json: _records(rows, sorted(val_rows), val_json),
-        }
-    )
+    sides = (train, sorted(val_rows))  # of the files that are asked for
+    _write_all({target: _records(rows, side, target) for target, side in zip(targets, sides, strict=False)})
     return Csv2JsonResult(
-        train_json, val_json, len(train), len(val_rows), len(formulas) - len(chosen), len(chosen), seed
+        targets[0],
+        targets[1] if len(targets) == 2 else None,
+        len(train),
+        len(val_rows),
+        len(formulas) - len(chosen),
+        len(chosen),
+        seed,
     )
 
 
@@ -202,8 +209,8 @@ def _records(rows: list[_Row], numbers: list[int], target: Path) -> list[dict]:
     ]
 
 
-def _write_both(files: dict[Path, list[dict]]) -> None:
-    """Both files or none: they are renamed only when both are on disk."""
+def _write_all(files: dict[Path, list[dict]]) -> None:
+    """All files or none: they are renamed only when all are on disk."""
     temporary = {path: path.with_name(path.name + ".tmp") for path in files}
     try:
         for path, records in files.items():

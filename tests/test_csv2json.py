@@ -49,8 +49,11 @@ def images(records: list[dict]) -> list[str]:
 def test_several_tables_and_one_spelling(tmp_path):
     """Rows of both tables, paths from each one's folder; texts spelled in one way if that is asked for."""
     tables = [write_csv(tmp_path / "a", ["x^2", "y"]), write_csv(tmp_path / "b", [r"{\frac 1 2}"])]
-    options = {"train_json": tmp_path / "train.json", "val_json": tmp_path / "val.json", "val_size": 0}
-    csv2json(tables, **options)
+    options = {"train_json": tmp_path / "train.json"}
+    assert str(csv2json(tables, **options)).endswith("train.json: 3 rows of 3 formulas")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "train.json"]
+    with pytest.raises(InputError, match="val_size 1: needs a val_json"):
+        csv2json(tables, val_size=1, **options)
     records = json.loads(options["train_json"].read_text("utf-8"))
     assert images(records) == ["a/0.png", "a/1.png", "b/0.png"]
     assert [record["id"] for record in records] == ["identity_1", "identity_2", "identity_3"]

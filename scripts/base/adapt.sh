@@ -18,8 +18,7 @@ latexocr() { "${PYTHON:-python}" -m latexocr "$@"; }
 gpus=$(nvidia-smi -L 2>/dev/null | wc -l)
 
 for side in train val; do
-    latexocr csv2json --csv "${!side}/data.csv" --normalize 1 --val-size 0 --train-json "$out/$side.json" \
-        --val-json "$out/none.json"
+    latexocr csv2json --csv "${!side}/data.csv" --normalize 1 --train-json "$out/$side.json"
 done
 number=0
 run() {  # NAME OPTION ...

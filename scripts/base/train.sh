@@ -28,16 +28,10 @@ pictures() {
     latexocr synthesize --output-dir "$out/pictures/$name" --style "$style" --num-images "$number" --no-augment "$@"
 }
 
-records() {  # JSON TABLE ...: one file of records
-    local json=$1
-    shift
-    latexocr csv2json --csv "$@" --train-json "$json" --val-json "$out/none.json" --val-size 0
-}
-
 pictures short im2latex 60000 --formulas "$texts/school.txt" --vary 0.3 --max-tokens 30
 pictures short-grammar im2latex 30000 --max-tokens 30 --seed 1
-records "$out/short.json" "$out"/pictures/short{,-grammar}/data.csv
-latexocr csv2json --csv "$val/data.csv" --normalize 1 --train-json "$out/val.json" --val-json "$out/none.json" --val-size 0
+latexocr csv2json --csv "$out"/pictures/short{,-grammar}/data.csv --train-json "$out/short.json"
+latexocr csv2json --csv "$val/data.csv" --normalize 1 --train-json "$out/val.json"
 
 train --config "$here/short.yaml" --model_name_or_path "$shape" --train_json "$out/short.json" \
     --output_dir "$out/short" "${@:7}" >"$out/short.log" 2>&1 &
@@ -50,7 +44,7 @@ pictures grammar im2latex 40000 --seed 2
 pictures physics-print print 50000 --formulas "$texts/physics.txt" --vary 0.3 --seed 2
 pictures maths-print print 30000 --formulas "$texts/maths.txt" --vary 0.3 --seed 2
 pictures grammar-print print 20000 --seed 3
-latexocr csv2json --normalize 1 --train-json "$out/all.json" --val-json "$out/none.json" --val-size 0 \
+latexocr csv2json --normalize 1 --train-json "$out/all.json" \
     --csv "$real/data.csv" "$out"/pictures/{physics,physics-real,maths,school,grammar,physics-print,maths-print,grammar-print}/data.csv
 wait $training
 
