@@ -279,6 +279,9 @@ def test_a_training_notes_from_where_on_to_warn(config, tmp_path, capsys):
         )
         assert row["warning"] == expected
         assert row["confidence"] == pytest.approx(answer.confidence, rel=1e-3)
+    replace(contract, confidence_exponent=0.5).save(result.adapter_dir)
+    (bent,) = LatexOCR.from_pretrained(result.adapter_dir, device="cpu").generate(IMAGES[:1])
+    assert bent.confidence == pytest.approx(answer.confidence**0.5)
 
 
 def test_the_contract_survives(adapter, tmp_path):
