@@ -42,6 +42,8 @@ class Contract:
         image_policy: how pictures were prepared.
         end_token: what ends an answer.
         hub: where `base_model` comes from when it is a hub id.
+        confidence_exponent: power of a whole answer's probability that makes it honest; 1 where too few validation
+            answers were there to fit it on.
         min_confidence: answers below it are probably wrong (`latexocr.metrics.calibration`); None where too few
             validation answers were right to say.
         training: facts about the run (step, samples, scores), for people.
@@ -55,6 +57,7 @@ class Contract:
     image_policy: ImagePolicy
     end_token: str
     hub: str = "modelscope"
+    confidence_exponent: float = 1.0
     min_confidence: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=_versions)

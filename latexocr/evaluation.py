@@ -17,8 +17,8 @@ class Evaluation:
 
     Args:
         metrics: figures by name (see `latexocr.metrics.METRICS`), each with the ends of its 95% interval as NAME_low
-            and NAME_high; `calibration_error` and `min_confidence` (see `latexocr.metrics.calibration`) where answers
-            have a confidence; and counts: `num_rows`, `missing_predictions`, `unparsed_predictions`, ...
+            and NAME_high; `calibration_error`, `min_confidence` and others (see `latexocr.metrics.calibration`) where
+            answers have a confidence; and counts: `num_rows`, `missing_predictions`, `unparsed_predictions`, ...
         rows: the predictions in file order, each with its own values beside `id`, `reference` and `prediction`:
             `exact_match`, `runaway` (0 or 1), `edit_distance`, `token_errors`, `bleu_sentence`, `length` (canonical
             tokens of the reference), `script_depth`, `structure` (list of words), and with pictures `renders`,

@@ -2,7 +2,8 @@
 
 Every answer carries its confidence: the probability that the model gives to this whole answer, the product over its
 tokens and the end token, at temperature 1. It claims how often such answers are right, so that `calibration_error`
-(`latexocr.metrics.calibration`) can hold it against exact match; a mean over tokens would claim nothing.
+(`latexocr.metrics.calibration`) can hold it against exact match; a mean over tokens would claim nothing. `LatexOCR`
+raises it to the power that training's validation has found (`confidence_exponent` in latexocr.json).
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ class Generated:
         text: LaTeX.
         num_tokens: its length with the end token.
         finished: whether it ended by itself (False: a runaway).
-        confidence: the model's probability of this whole answer; 0 for one that did not end, of which only the
-            beginning is known.
+        confidence: the model's probability of this whole answer, from `LatexOCR` to a fitted power; 0 for one that
+            did not end, of which only the beginning is known.
         warning: why it should not be relied upon, for people; None where nothing is known against it.
     """
 

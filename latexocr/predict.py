@@ -185,8 +185,10 @@ class LatexOCR:
         return answers
 
     def _judged(self, answer: Generated) -> Generated:
-        """The answer with what is known against it."""
+        """The answer with an honest confidence, and what is known against it."""
         threshold = self.contract and self.contract.min_confidence
+        if self.contract:
+            answer = replace(answer, confidence=answer.confidence**self.contract.confidence_exponent)
         warning = None
         if not answer.finished:
             warning = f"the answer did not end within {answer.num_tokens} tokens and is cut off there"

@@ -45,6 +45,7 @@ OTHER_FIGURES = {
     "calibration_error": "distance of confidence and share right (level 2), mean over 10 bins of equally many answers",
     "min_confidence": "95% of the right answers are at least as sure: below it, a warning is in place",
     "wrong_found": "share of the wrong answers that are less sure than that",
+    "confidence_exponent": "power of the confidences that would make them honest; 1 where they are",
 }
 # Row values that the gallery shows, filters and sorts by.
 ROW_VALUES = ("exact_match", "token_errors", "edit_distance", "bleu_sentence", "glyph_f1", "picture_match", "renders",

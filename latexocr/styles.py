@@ -130,6 +130,22 @@ STYLES = {
             Effect("jpeg", 0.5, 30, 85),
         ),
     ),
+    "pencil": Style(
+        dpi=(110, 120, 130),
+        weights=(1, 2, 3),
+        jitter=0.2,
+        margins=(8, 16),
+        levels=16,
+        effects=(
+            Effect("elastic", 1.0, 1.5, 3.5),
+            Effect("rotate", 0.7, -3.0, 3.0),
+            Effect("rough", 1.0, 0.3, 0.6),
+            Effect("blur", 1.0, 0.3, 0.6),
+            Effect("fade", 1.0, 0.5, 0.8),
+            Effect("paper", 1.0, 20, 70),
+            Effect("noise", 1.0, 3, 6),
+        ),
+    ),
     "chalk": Style(
         dpi=(140, 150, 160, 170),
         weights=(3, 4, 5, 6),

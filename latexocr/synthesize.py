@@ -81,7 +81,7 @@ def synthesize(
     formulas: Path | None = None,
     num_images: int | None = None,
     vary: float = 0.0,
-    style: Literal["im2latex", "print", "scan", "chalk"] = "print",
+    style: Literal["im2latex", "print", "scan", "pencil", "chalk"] = "print",
     engine: Literal["latex", "mathtext"] | None = None,
     augment: bool = True,
     label: Literal["canonical", "as_is"] = "canonical",

@@ -471,7 +471,14 @@ class FormulaTrainer(Trainer):
         if not evaluations:
             return replace(self.contract, training=training)
         training["evaluation"] = evaluations[-1]
-        return replace(self.contract, training=training, min_confidence=evaluations[-1].get("eval_min_confidence"))
+        exponent = evaluations[-1].get("eval_confidence_exponent", 1.0)
+        threshold = evaluations[-1].get("eval_min_confidence")
+        return replace(
+            self.contract,
+            training=training,
+            confidence_exponent=exponent,
+            min_confidence=None if threshold is None else threshold**exponent,
+        )
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 #
 #   bash scripts/quickstart.sh [OUTPUT_DIR]       (default: outputs/quickstart)
 #
-# data/base, a small model that reads printed formulas, is taught chalk on a blackboard, which it has never seen:
+# data/base, a small model that reads printed formulas, is taught pencil on grey paper, which it cannot read:
 # pictures -> data.csv -> train.json, val.json -> metrics before -> LoRA training -> metrics after -> merged checkpoint
 # -> a prediction -> report and dashboard. A second run reuses what is there.
 set -euo pipefail
@@ -19,8 +19,8 @@ step() { echo; echo "== $*"; }
 step "1/7 predict: the bundled base model reads a printed formula"
 "$latexocr" predict data/sample/images/000000.png
 
-step "2/7 data2csv: chalk on a blackboard -> images and data.csv"
-"$latexocr" data2csv --source data/chalk --output-dir "$out/data"
+step "2/7 data2csv: pencil on grey paper -> images and data.csv"
+"$latexocr" data2csv --source data/pencil --output-dir "$out/data"
 
 step "3/7 csv2json: data.csv -> train.json and val.json, no formula on both sides; doctor: what could harm a training"
 "$latexocr" csv2json --csv "$out/data/data.csv" --train-json "$out/data/train.json" \
@@ -28,7 +28,7 @@ step "3/7 csv2json: data.csv -> train.json and val.json, no formula on both side
 "$latexocr" doctor --data "$out/data/train.json" --val-data "$out/data/val.json" --model data/base \
     --html "$out/doctor.html"
 
-step "4/7 evaluate: the base model on chalk"
+step "4/7 evaluate: the base model on pencil"
 if [ ! -f "$out/before/metrics.json" ]; then
     "$latexocr" evaluate --model data/base --data "$out/data/val.json" --output-dir "$out/before" --max-new-tokens 64
 fi
@@ -41,7 +41,7 @@ if [ ! -f "$out/run/adapter/latexocr.json" ]; then
         --val_json "$out/data/val.json" --output_dir "$out/run" "${resume[@]}"
 fi
 
-step "6/7 evaluate: base and adapter on chalk; score: row by row against the base alone"
+step "6/7 evaluate: base and adapter on pencil; score: row by row against the base alone"
 if [ ! -f "$out/after/metrics.json" ]; then
     "$latexocr" evaluate --model "$out/run/adapter" --data "$out/data/val.json" --output-dir "$out/after" \
         --max-new-tokens 64 --no-pictures >/dev/null
@@ -74,7 +74,7 @@ from pathlib import Path
 
 out = Path(sys.argv[1])
 before, after = (json.loads((out / when / "metrics.json").read_text(encoding="utf-8")) for when in ("before", "after"))
-print(f"\n{int(after['num_rows'])} validation pictures of chalk{'before':>13}{'after':>10}")
+print(f"\n{int(after['num_rows'])} validation pictures in pencil{'before':>13}{'after':>10}")
 for name in before:
     counts_and_variants = ("num_", "un", "missing_", "bleu_", "edit_distance_", "exact_match_", "picture_match_", "wrong_")
     if name in after and not name.startswith(counts_and_variants) and not name.endswith(("_low", "_high")):

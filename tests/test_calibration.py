@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from latexocr.errors import InputError
-from latexocr.metrics.calibration import Bin, calibration, calibration_error, reliability, warning_threshold
+from latexocr.metrics.calibration import (
+    Bin,
+    calibration,
+    calibration_error,
+    fitted_exponent,
+    reliability,
+    warning_threshold,
+)
 
 
 def test_bins_hold_equally_many_answers_the_least_sure_first():
@@ -44,6 +51,14 @@ def test_the_warning_spares_19_of_20_right_answers():
     found = calibration([*confidences, 0.01, 0.03, 0.6, 0.9], [True] * 101 + [False] * 4)
     assert found["min_confidence"] == pytest.approx(0.05)
     assert found["wrong_found"] == 0.5
+
+
+def test_the_exponent_makes_confidences_honest():
+    half = [True, False] * 20
+    assert fitted_exponent([0.25] * 40, half) == pytest.approx(0.5, rel=0.02)  # 0.25 ** 0.5 = 0.5
+    assert fitted_exponent([0.5] * 40, half) == pytest.approx(1)
+    assert fitted_exponent([0.9] * 40, half) == 4  # the greatest: 0.9 ** 6.6 would be needed
+    assert calibration([0.25] * 40, half)["confidence_exponent"] == pytest.approx(0.5, rel=0.02)
 
 
 def test_with_few_right_answers_there_is_no_threshold():

@@ -260,13 +260,17 @@ def test_without_a_model_the_bundled_base_is_used(tiny, adapter, tmp_path, monke
 
 
 def test_a_training_notes_from_where_on_to_warn(config, tmp_path, capsys):
-    """`min_confidence` is of the validation of the weights that were kept, if 20 answers were right there."""
-    always_x = str(write_records(tmp_path / "x.json", [(IMAGES[number % 5], "x") for number in range(20)]))
-    options = {"train_json": always_x, "val_json": always_x, "learning_rate": 2e-2, "lora_alpha": 64}
+    """Exponent and `min_confidence` are of the validation of the weights that were kept, if 20 were right there."""
+    rows = [(IMAGES[number % 5], "x") for number in range(20)]
+    always_x = str(write_records(tmp_path / "x.json", rows))
+    nearly = str(write_records(tmp_path / "nearly.json", [*rows, *((image, "y") for image in IMAGES[:5])]))
+    options = {"train_json": always_x, "val_json": nearly, "learning_rate": 2e-2, "lora_alpha": 64}
     result = train(config(**options, max_steps=8, eval_strategy="steps", eval_steps=8))
     contract = Contract.load(result.adapter_dir)
-    assert result.metrics["eval_exact_match_level2"] == 1
-    assert 0.5 < contract.min_confidence == result.metrics["eval_min_confidence"] < 1
+    assert result.metrics["eval_exact_match_level2"] == 0.8
+    exponent = contract.confidence_exponent
+    assert exponent == result.metrics["eval_confidence_exponent"] != 1
+    assert 0.5 < contract.min_confidence == result.metrics["eval_min_confidence"] ** exponent < 1
     (answer,) = LatexOCR.from_pretrained(result.adapter_dir, device="cpu").generate(IMAGES[:1])
     command = ["predict", "--model", str(result.adapter_dir), IMAGES[0], "--json", "--device", "cpu"]
     for threshold, warned in ((answer.confidence * 0.99, False), (answer.confidence * 1.01, True)):
@@ -279,6 +283,9 @@ def test_a_training_notes_from_where_on_to_warn(config, tmp_path, capsys):
         )
         assert row["warning"] == expected
         assert row["confidence"] == pytest.approx(answer.confidence, rel=1e-3)
+    replace(contract, confidence_exponent=0.5).save(result.adapter_dir)
+    (bent,) = LatexOCR.from_pretrained(result.adapter_dir, device="cpu").generate(IMAGES[:1])
+    assert bent.confidence == pytest.approx(answer.confidence ** (0.5 / exponent))
 
 
 def test_the_contract_survives(adapter, tmp_path):

@@ -14,44 +14,44 @@ from PIL import Image
 
 from latexocr.metrics import normalize
 
-CHALK = ROOT / "data" / "chalk"
+PENCIL = ROOT / "data" / "pencil"
 BASE = ROOT / "data" / "base"
 SCRIPT = (ROOT / "scripts/quickstart.sh").read_text(encoding="utf-8")
 
 
 def rows() -> list[dict[str, str]]:
-    with (CHALK / "data.csv").open(encoding="utf-8", newline="") as file:
+    with (PENCIL / "data.csv").open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
 
 
-def test_the_chalk_sample_is_whole_small_and_dark():
+def test_the_pencil_sample_is_whole_and_small():
     assert len(rows()) == 400
-    pictures = sorted(str(path.relative_to(CHALK)) for path in CHALK.rglob("*.png"))
+    pictures = sorted(str(path.relative_to(PENCIL)) for path in PENCIL.rglob("*.png"))
     assert sorted(row["image_path"] for row in rows()) == pictures
-    assert sum(path.stat().st_size for path in CHALK.rglob("*") if path.is_file()) < 1.2e6
+    assert sum(path.stat().st_size for path in PENCIL.rglob("*") if path.is_file()) < 0.7e6
     lengths = [len(row["text"].split()) for row in rows()]
     assert min(lengths) >= 1 and max(lengths) <= 25
     assert all(row["text"] == normalize(row["text"], level=1) for row in rows())
     for row in rows():
-        with Image.open(CHALK / row["image_path"]) as picture:
-            histogram = picture.convert("L").histogram()
-        assert sum(histogram[:128]) > 0.75 * sum(histogram), row  # the board is dark
+        with Image.open(PENCIL / row["image_path"]) as picture:
+            levels = sorted(picture.convert("L").tobytes())
+        assert levels[0] > 20 and 180 < levels[len(levels) // 2] < 250, row  # nothing is black, the paper is grey
 
 
 def test_the_command_of_its_readme_makes_the_sample(tmp_path):
     """The first chunk of it: 50 pictures."""
     from latexocr.cli import main
 
-    (command,) = re.findall(r"^    latexocr (synthesize .*)$", (CHALK / "README.md").read_text(), re.MULTILINE)
+    (command,) = re.findall(r"^    latexocr (synthesize .*)$", (PENCIL / "README.md").read_text(), re.MULTILINE)
     assert "--num-images 400 " in command
-    words = shlex.split(command.replace("data/chalk", str(tmp_path)).replace("400", "50"))
+    words = shlex.split(command.replace("data/pencil", str(tmp_path)).replace("400", "50"))
     assert main(words) == 0
     made = (tmp_path / "data.csv").read_text(encoding="utf-8").splitlines()
-    assert len(made) == 51 and made == (CHALK / "data.csv").read_text(encoding="utf-8").splitlines()[:51]
+    assert len(made) == 51 and made == (PENCIL / "data.csv").read_text(encoding="utf-8").splitlines()[:51]
     if version("matplotlib") != "3.11.2":
         pytest.skip("the bundled pictures were drawn with matplotlib 3.11.2")
     for row in rows()[:50]:
-        with Image.open(tmp_path / row["image_path"]) as ours, Image.open(CHALK / row["image_path"]) as bundled:
+        with Image.open(tmp_path / row["image_path"]) as ours, Image.open(PENCIL / row["image_path"]) as bundled:
             assert ours.convert("L").tobytes() == bundled.convert("L").tobytes(), row
 
 
@@ -79,13 +79,13 @@ def test_its_commands_parse(tmp_path):
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
 @pytest.mark.skipif(not (BASE / "config.json").is_file(), reason="the base model, data/base, is not in this checkout")
-def test_the_base_model_learns_chalk(tmp_path):
-    """The adaptation of the quickstart, with margins: at least half of its errors go."""
+def test_the_base_model_learns_pencil(tmp_path):
+    """The adaptation of the quickstart. Measured: edit distance from 0.68 to 0.19, exact match from 3% to 35%."""
     from latexocr.csv2json import csv2json
     from latexocr.evaluate import evaluate
     from latexocr.train import TrainConfig, train
 
-    csv2json(CHALK / "data.csv", tmp_path / "train.json", tmp_path / "val.json", val_size=80)
+    csv2json(PENCIL / "data.csv", tmp_path / "train.json", tmp_path / "val.json", val_size=80)
     options = {"max_new_tokens": 64, "pictures": False, "device": "cpu"}
     before = evaluate(str(BASE), tmp_path / "val.json", tmp_path / "before", **options).metrics
     settings = yaml.safe_load((ROOT / "scripts/quickstart.yaml").read_text(encoding="utf-8"))
@@ -98,4 +98,4 @@ def test_the_base_model_learns_chalk(tmp_path):
     ).adapter_dir  # fmt: skip
     after = evaluate(str(adapter), tmp_path / "val.json", tmp_path / "after", **options).metrics
     assert after["edit_distance"] < 0.5 * before["edit_distance"], (before, after)
-    assert after["exact_match"] > before["exact_match"] + 0.2, (before, after)
+    assert after["exact_match"] > before["exact_match"] + 0.15, (before, after)
