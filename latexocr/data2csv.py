@@ -15,24 +15,19 @@ import io
 import json
 import logging
 import os
-import pickle
-import queue
 import re
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 from latexocr.errors import InputError
 from latexocr.sources import HubError, Row, Source, open_source
+from latexocr.workers import ordered_map
 
 logger = logging.getLogger(__name__)
 
@@ -272,31 +267,24 @@ def _store_rows(source: Source, output_dir: Path, num_rows: int, num_workers: in
     from tqdm.auto import tqdm
 
     done = {int(part.stem) for part in (output_dir / PARTS).glob("*.json")}
-    pending: deque = deque()
-    with (
-        tqdm(total=num_rows, unit="row", desc="data2csv") as bar,
-        _Workers(output_dir, lock) as workers,
-        ThreadPoolExecutor(num_workers) as threads,
-    ):
+    with tqdm(total=num_rows, unit="row", desc="data2csv") as bar:
 
-        def finish_oldest() -> None:
-            chunk_rows, future = pending.popleft()
-            future.result()
-            bar.update(chunk_rows)
-
-        store = workers.store if num_workers > 1 else lambda chunk: store_chunk(output_dir, chunk)
-        try:
+        def jobs() -> Iterator[tuple[Path, Chunk]]:
             for chunk in _chunks(source, num_rows):
                 if chunk.index in done:
                     bar.update(len(chunk.rows))
-                    continue
-                pending.append((len(chunk.rows), threads.submit(store, chunk)))
-                if len(pending) >= 2 * num_workers:
-                    finish_oldest()
-            while pending:
-                finish_oldest()
-        finally:
-            threads.shutdown(cancel_futures=True)
+                else:
+                    yield output_dir.absolute(), chunk
+
+        for num_stored in ordered_map(
+            store_chunk, jobs(), num_workers=num_workers, where=_rows_of_job, pass_fds=[lock]
+        ):
+            bar.update(num_stored)
+
+
+def _rows_of_job(job: tuple[Path, Chunk]) -> str:
+    _, chunk = job
+    return f"rows {chunk.first_row} to {chunk.first_row + len(chunk.rows) - 1}: "
 
 
 def _chunks(source: Source, num_rows: int) -> Iterator[Chunk]:
@@ -314,8 +302,16 @@ def _chunks(source: Source, num_rows: int) -> Iterator[Chunk]:
         yield Chunk(index, first_row, rows)
 
 
-def store_chunk(output_dir: Path, chunk: Chunk) -> None:
-    """Write a chunk's pictures, then its part file; a part file says that all its pictures are on disk."""
+def store_chunk(job: tuple[Path, Chunk]) -> int:
+    """Write a chunk's pictures, then its part file; a part file says that all its pictures are on disk.
+
+    Args:
+        job: output folder and chunk.
+
+    Returns:
+        The number of its rows.
+    """
+    output_dir, chunk = job
     kept, rejected = [], []
     (output_dir / "images").mkdir(exist_ok=True)
     for number, row in enumerate(chunk.rows, chunk.first_row):
@@ -336,6 +332,7 @@ def store_chunk(output_dir: Path, chunk: Chunk) -> None:
     # ASCII: a rejected text may hold lone surrogates, which UTF-8 does not have.
     part = json.dumps({"kept": kept, "rejected": rejected}, ensure_ascii=True)
     _write(output_dir / PARTS / f"{chunk.index:08d}.json", part)
+    return len(chunk.rows)
 
 
 def to_stored(data: bytes) -> tuple[bytes, str]:
@@ -436,87 +433,3 @@ def _csv_line(fields: list) -> str:
     # Not csv.writer: before Python 3.13 it leaves a lone \r unquoted, and readers then break the row there.
     texts = [str(field) for field in fields]
     return ",".join(f'"{t.replace(chr(34), chr(34) * 2)}"' if re.search('[",\r\n]', t) else t for t in texts) + "\n"
-
-
-# --- processes --------------------------------------------------------------------------------------------
-
-
-class _Workers:
-    """Child processes that store chunks, started when first needed; each ends when this process is gone.
-
-    Why not `multiprocessing`: its children either copy a process that may run CUDA and threads (fork) or run
-    the user's script a second time (spawn), and pools leave orphans behind after `kill -9`. These are plain
-    Python processes that read chunks from a pipe until it closes.
-    """
-
-    def __init__(self, output_dir: Path, lock: int) -> None:
-        self._output_dir = output_dir.absolute()
-        self._lock = lock
-        self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
-        self._all: list[subprocess.Popen] = []
-
-    def __enter__(self) -> _Workers:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for worker in self._all:
-            with contextlib.suppress(BrokenPipeError):
-                worker.stdin.close()
-        for worker in self._all:
-            worker.wait()
-            worker.stdout.close()
-
-    def store(self, chunk: Chunk) -> None:
-        """`store_chunk` in a child process; called from as many threads as there are workers."""
-        try:
-            worker = self._idle.get_nowait()
-        except queue.Empty:
-            worker = self._start()
-        try:
-            pickle.dump((self._output_dir, chunk), worker.stdin)
-            worker.stdin.flush()
-            problem = pickle.load(worker.stdout)
-        except (EOFError, BrokenPipeError) as error:
-            last_row = chunk.first_row + len(chunk.rows) - 1
-            raise InputError(
-                f"rows {chunk.first_row} to {last_row}: the worker process died (exit status {worker.wait()}; "
-                f"-9 is usually lack of memory); run again with --num-workers 1, it continues"
-            ) from error
-        if problem is not None:
-            raise problem
-        self._idle.put(worker)
-
-    def _start(self) -> subprocess.Popen:
-        paths = [str(Path(__file__).resolve().parents[1]), os.environ.get("PYTHONPATH")]
-        worker = subprocess.Popen(
-            [sys.executable, "-c", "from latexocr.data2csv import _work; _work()"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            pass_fds=[self._lock],
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-            start_new_session=True,  # Ctrl-C is for the parent; the pipe tells the child
-        )
-        self._all.append(worker)
-        return worker
-
-
-def _work() -> None:
-    """A worker's life: chunks from stdin, `None` or the OSError of each to stdout, until the pipe closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    chunks = sys.stdin.buffer
-    answers = os.fdopen(os.dup(1), "wb", buffering=0)
-    os.dup2(2, 1)  # whatever a decoder prints must not enter the pipe
-    while True:
-        try:
-            output_dir, chunk = pickle.load(chunks)
-        except (EOFError, pickle.UnpicklingError):  # the parent ended, or was killed within a chunk
-            return
-        problem = None
-        try:
-            store_chunk(output_dir, chunk)
-        except OSError as error:
-            problem = error
-        try:
-            answers.write(pickle.dumps(problem))
-        except BrokenPipeError:
-            return

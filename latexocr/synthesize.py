@@ -86,7 +86,7 @@ def synthesize(
     augment: bool = True,
     label: Literal["canonical", "as_is"] = "canonical",
     max_tokens: int = 150,
-    workers: int | None = None,
+    num_workers: int | None = None,
     seed: int = 0,
 ) -> SynthesizeResult:
     """Pictures of formulas -> images/, data.csv (image_path,text) and rejected.csv.
@@ -103,7 +103,7 @@ def synthesize(
         augment: Damage the pictures as the style says (blur, noise, ...).
         label: canonical is the text's tokens in the spelling of normalize(text, level=1), joined by blanks.
         max_tokens: Most tokens of a label; longer formulas are rejected.
-        workers: Processes; without it, one a core.
+        num_workers: Processes; without it, one a core.
         seed: Another seed gives other choices.
 
     Raises:
@@ -111,13 +111,15 @@ def synthesize(
     """
     from latexocr.styles import style_named
 
-    _check(output_dir, vary, num_images=num_images, max_tokens=max_tokens, workers=workers)
+    _check(output_dir, vary, num_images=num_images, max_tokens=max_tokens, num_workers=num_workers)
     style_named(style)
     options = _Options(output_dir.absolute(), vary, style, _engine(engine), augment, label, max_tokens, seed)
     texts = read_formulas(formulas) if formulas else None
     num_images = num_images or (len(texts) if texts else 1000)
     output_dir.mkdir(parents=True, exist_ok=True)
-    rejected = _draw_all(_chunks(texts, num_images, options), output_dir, num_images, workers or os.cpu_count() or 1)
+    rejected = _draw_all(
+        _chunks(texts, num_images, options), output_dir, num_images, num_workers or os.cpu_count() or 1
+    )
     return SynthesizeResult(
         csv=output_dir / "data.csv",
         rejected_csv=output_dir / "rejected.csv",

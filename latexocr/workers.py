@@ -16,20 +16,30 @@ import signal
 import subprocess
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from latexocr.errors import InputError
 
 
-def ordered_map(function: Callable, arguments: Iterable, *, num_workers: int) -> Iterator:
+def ordered_map(
+    function: Callable,
+    arguments: Iterable,
+    *,
+    num_workers: int,
+    where: Callable[[Any], str] = lambda argument: "",
+    pass_fds: Sequence[int] = (),
+) -> Iterator:
     """`map(function, arguments)` in that many processes; at most two arguments a worker are under way.
 
     Args:
         function: of a module of this package, by its name; argument and result can be pickled.
         arguments: one for each call.
         num_workers: processes; 1 calls the function here.
+        where: what an argument is about, for the error: "rows 1 to 10: ".
+        pass_fds: open files that the processes hold open, too: a lock that is to outlive this process with them.
 
     Raises:
         InputError: a process died.
@@ -38,7 +48,7 @@ def ordered_map(function: Callable, arguments: Iterable, *, num_workers: int) ->
         yield from map(function, arguments)
         return
     pending: deque = deque()
-    with _Workers(function) as workers, ThreadPoolExecutor(num_workers) as threads:
+    with Workers(function, where, pass_fds) as workers, ThreadPoolExecutor(num_workers) as threads:
         try:
             for argument in arguments:
                 pending.append(threads.submit(workers.call, argument))
@@ -50,15 +60,15 @@ def ordered_map(function: Callable, arguments: Iterable, *, num_workers: int) ->
             threads.shutdown(cancel_futures=True)
 
 
-class _Workers:
-    """Child processes, started when first needed; each ends when this process is gone."""
+class Workers:
+    """Child processes, started when first needed; each ends when this process is gone. Arguments as `ordered_map`."""
 
-    def __init__(self, function: Callable) -> None:
-        self._function = function
+    def __init__(self, function: Callable, where: Callable[[Any], str], pass_fds: Sequence[int]) -> None:
+        self._function, self._where, self._pass_fds = function, where, pass_fds
         self._idle: queue.SimpleQueue[subprocess.Popen] = queue.SimpleQueue()
         self._all: list[subprocess.Popen] = []
 
-    def __enter__(self) -> _Workers:
+    def __enter__(self) -> Workers:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -80,9 +90,9 @@ class _Workers:
             worker.stdin.flush()
             result, problem = pickle.load(worker.stdout)
         except (EOFError, BrokenPipeError) as error:
-            status = worker.wait()
             raise InputError(
-                f"a worker process died (exit status {status}; -9 is usually lack of memory); take fewer workers"
+                f"{self._where(argument)}a worker process died (exit status {worker.wait()}; -9 is usually lack of "
+                "memory); run again with --num-workers 1"
             ) from error
         self._idle.put(worker)
         if problem is not None:
@@ -96,6 +106,7 @@ class _Workers:
             [sys.executable, "-c", code],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            pass_fds=self._pass_fds,
             env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             start_new_session=True,  # Ctrl-C is for the parent; the pipe tells the child
         )

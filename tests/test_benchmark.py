@@ -180,7 +180,9 @@ def test_rendering(tmp_path):
 @requires_tex
 def test_synthesize(tmp_path):
     (tmp_path / "formulas.tsv").write_text("key\t\tx _ { 1 }\nkey\t\t\\frac { a } { b }\n")
-    found = run("synthesize.py", "--formulas", tmp_path / "formulas.tsv", "--images", 20, "--workers", 1)["results"]
+    found = run("synthesize.py", "--formulas", tmp_path / "formulas.tsv", "--images", 20, "--num-workers", 1)[
+        "results"
+    ]
     assert found["augment_ms"].keys() == {"im2latex", "print", "scan", "pencil", "chalk"}
     for style in ("im2latex", "print", "scan"):
         assert found["synthesize"][style]["images_per_second"] > 0 and found["synthesize"][style]["rejected"] == 0

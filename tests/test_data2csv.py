@@ -30,6 +30,7 @@ from latexocr import pictures, sources
 from latexocr.data2csv import data2csv, to_stored
 from latexocr.errors import InputError
 from latexocr.pictures import PictureError
+from latexocr.workers import Workers
 
 LATEX_OCR = Path(__file__).resolve().parents[2] / "shared/data/latex_ocr"
 
@@ -734,15 +735,13 @@ def test_disk_error_in_a_worker_is_one_line(tmp_path):
 
 def test_worker_that_dies_names_the_rows(tmp_path):
     (tmp_path / stage.PARTS).mkdir()
-    chunk = stage.Chunk(3, 384, [sources.Row(encode(picture()), "", "x")] * 2)
-    lock = os.open(tmp_path, os.O_RDONLY)
-    with stage._Workers(tmp_path, lock) as workers:
-        workers.store(chunk)
+    job = tmp_path, stage.Chunk(3, 384, [sources.Row(encode(picture()), "", "x")] * 2)
+    with Workers(stage.store_chunk, stage._rows_of_job, []) as workers:
+        assert workers.call(job) == 2
         workers._all[0].kill()
         workers._all[0].wait()
-        with pytest.raises(InputError, match=r"rows 384 to 385: the worker process died .*--num-workers 1"):
-            workers.store(chunk)
-    os.close(lock)
+        with pytest.raises(InputError, match=r"rows 384 to 385: a worker process died .*--num-workers 1"):
+            workers.call(job)
 
 
 def test_command_line(tmp_path):

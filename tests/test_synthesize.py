@@ -39,7 +39,7 @@ def formulas(tmp_path) -> Path:
 
 
 def test_the_next_stage_reads_it(tmp_path):
-    result = synthesize(output_dir=tmp_path / "new", num_images=12, style="chalk", engine="mathtext", workers=1)
+    result = synthesize(output_dir=tmp_path / "new", num_images=12, style="chalk", engine="mathtext", num_workers=1)
     assert (result.num_images, result.num_drawn, result.rejected) == (12, 12, {})
     assert str(result) == f"{tmp_path / 'new' / 'data.csv'}: 12 pictures"
     table = rows(result.csv)
@@ -53,7 +53,11 @@ def test_the_next_stage_reads_it(tmp_path):
 
 
 def test_any_number_of_workers_and_another_seed(tmp_path):
-    for name, options in {"a": {"workers": 1}, "b": {"workers": 3}, "c": {"workers": 1, "seed": 1}}.items():
+    for name, options in {
+        "a": {"num_workers": 1},
+        "b": {"num_workers": 3},
+        "c": {"num_workers": 1, "seed": 1},
+    }.items():
         synthesize(
             output_dir=tmp_path / name, num_images=110, style="chalk", engine="mathtext", max_tokens=8, **options
         )
@@ -62,7 +66,7 @@ def test_any_number_of_workers_and_another_seed(tmp_path):
 
 
 def test_what_cannot_be_drawn_is_counted_and_listed(tmp_path, formulas):
-    result = synthesize(output_dir=tmp_path / "new", formulas=formulas, engine="mathtext", workers=1)
+    result = synthesize(output_dir=tmp_path / "new", formulas=formulas, engine="mathtext", num_workers=1)
     assert sorted(row["text"] for row in rows(result.csv)) == [r"\alpha \leq 1", r"\frac { a } { b }", "x ^ { 2 }"]
     (refused,) = rows(result.rejected_csv)
     assert refused["text"] == r"\begin{matrix} a \end{matrix}" and "Unknown symbol" in refused["reason"]
@@ -74,7 +78,7 @@ def test_tables_hold_any_text(tmp_path):
     texts = ["a\r b", 'x ,\n "y"', "a\0b", "\ud800"]
     (tmp_path / "texts.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
     result = synthesize(
-        output_dir=tmp_path / "new", formulas=tmp_path / "texts.jsonl", engine="mathtext", label="as_is", workers=1
+        output_dir=tmp_path / "new", formulas=tmp_path / "texts.jsonl", engine="mathtext", label="as_is", num_workers=1
     )
     found = [row["text"] for row in [*rows(result.csv), *rows(result.rejected_csv)]]
     assert sorted(found) == ["\\ud800", "a\r b", "a\\x00b", 'x ,\n "y"']
@@ -82,7 +86,7 @@ def test_tables_hold_any_text(tmp_path):
 
 def test_every_text_is_taken_before_one_is_taken_again(tmp_path, formulas):
     result = synthesize(
-        output_dir=tmp_path / "new", formulas=formulas, num_images=9, engine="mathtext", label="as_is", workers=1
+        output_dir=tmp_path / "new", formulas=formulas, num_images=9, engine="mathtext", label="as_is", num_workers=1
     )
     texts = Counter(row["text"] for row in [*rows(result.csv), *rows(result.rejected_csv)])
     assert sorted(texts) == sorted(read_formulas(formulas)) and sorted(texts.values()) == [2, 2, 2, 3]
@@ -92,7 +96,7 @@ def test_vary_changes_text_and_picture(tmp_path):
     (tmp_path / "one.txt").write_text("a + b = 7\n")
     result = synthesize(
         output_dir=tmp_path / "new", formulas=tmp_path / "one.txt", num_images=30, vary=0.5, engine="mathtext",
-        augment=False, workers=1,
+        augment=False, num_workers=1,
     )  # fmt: skip
     table = rows(result.csv)
     assert len({row["text"] for row in table}) > 20
@@ -101,7 +105,7 @@ def test_vary_changes_text_and_picture(tmp_path):
 
 
 def test_longer_labels_are_rejected(tmp_path, formulas):
-    result = synthesize(output_dir=tmp_path / "new", formulas=formulas, max_tokens=5, engine="mathtext", workers=1)
+    result = synthesize(output_dir=tmp_path / "new", formulas=formulas, max_tokens=5, engine="mathtext", num_workers=1)
     assert [row["reason"] for row in rows(result.rejected_csv) if "frac" in row["text"]] == ["more than 5 tokens: 7"]
     assert result.rejected["more than 5 tokens"] == 1
 
@@ -162,7 +166,7 @@ def test_finished_data_is_not_overwritten(tmp_path):
 def test_an_error_of_a_worker_reaches_the_caller(tmp_path, formulas, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(InputError, match="needs the program latex"):
-        synthesize(output_dir=tmp_path / "new", formulas=formulas, engine="latex", workers=2)
+        synthesize(output_dir=tmp_path / "new", formulas=formulas, engine="latex", num_workers=2)
     assert not (tmp_path / "new/data.csv").exists()
 
 
@@ -174,7 +178,7 @@ def test_latex_alone_is_enough(tmp_path, formulas):
         (tmp_path / "bin" / program).symlink_to(shutil.which(program))
     done = subprocess.run(
         [sys.executable, ROOT / "scripts/synthesize.py", "--output-dir", tmp_path / "new", "--formulas", formulas,
-         "--style", "im2latex", "--no-augment", "--workers", "1"],
+         "--style", "im2latex", "--no-augment", "--num-workers", "1"],
         env={**os.environ, "PATH": str(tmp_path / "bin")}, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -3,7 +3,7 @@
     python scripts/benchmark/synthesize.py --formulas formulas.tsv.gz --originals latex_ocr/train.parquet
 
 A style's rate is the whole command: choosing, exchanging letters, TeX, drawing, damage, PNG files and table, on
-`--workers` processes, with the start of each. CPU time is that of all processes, TeX included; it says what an idle
+`--num-workers` processes, with the start of each. CPU time is that of all processes, TeX included; it says what an idle
 machine would do when this one is busy. Closeness: mean absolute difference of grey levels (of 255) to originals whose
 picture has as much ink in width and height as ours (in the others the label lacks blanks that the picture has), for
 the best of 16 places of the page, beside plain antialiased drawing at 100 dots an inch.
@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("--originals", type=Path, help="parquet file of LaTeX_OCR images")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--num-originals", type=int, default=200)
-    parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument("--num-workers", type=int, default=2)
     parser.add_argument("--engine", choices=["latex", "mathtext"])
     parser.add_argument("--output", type=Path, help="file for the JSON, which is printed in any case")
     arguments = parser.parse_args()
@@ -62,7 +62,7 @@ def _rate(folder: Path, style: str, texts: Path | None, arguments: argparse.Name
         vary=0.3,
         style=style,
         engine=arguments.engine,
-        workers=arguments.workers,
+        num_workers=arguments.num_workers,
     )
     seconds, after = time.perf_counter() - started, os.times()
     cpu = sum(after[:4]) - sum(before[:4])
