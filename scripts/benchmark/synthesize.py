@@ -3,10 +3,10 @@
     python scripts/benchmark/synthesize.py --formulas formulas.tsv.gz --originals latex_ocr/train.parquet
 
 A style's rate is the whole command: choosing, exchanging letters, TeX, drawing, damage, PNG files and table, on
-`--num-workers` processes, with the start of each. CPU time is that of all processes, TeX included; it says what an idle
-machine would do when this one is busy. Closeness: mean absolute difference of grey levels (of 255) to originals whose
-picture has as much ink in width and height as ours (in the others the label lacks blanks that the picture has), for
-the best of 16 places of the page, beside plain antialiased drawing at 100 dots an inch.
+`--num-workers` processes, with the start of each. CPU time is that of all processes, TeX included; it says what an
+idle machine would do when this one is busy. Closeness: mean absolute difference of grey levels (of 255) to originals
+whose picture has as much ink in width and height as ours (in the others the label lacks blanks that the picture has),
+for the best of 16 places of the page, beside plain antialiased drawing at 100 dots an inch.
 """
 
 from __future__ import annotations
