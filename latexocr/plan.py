@@ -140,6 +140,7 @@ def plan(config: TrainConfig) -> Plan:
     Raises:
         InputError: data, model or options that cannot be used.
     """
+    config = copy.copy(config)  # what it leaves open is filled in
     data = load_data(config)
     counts = data.training.counts
     batch_size = None if config.by_budget else config.per_device_train_batch_size
