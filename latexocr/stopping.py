@@ -42,9 +42,7 @@ class StopSignal(TrainerCallback):
         """Whether any rank was told to stop: ranks must leave the loop after the same step or they hang."""
         self.received = self._here
         if world_size > 1:
-            received = torch.tensor(self._here, device=device)
-            torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-            self.received = int(received)
+            self.received = int(self._highest(device))
         return self.received != 0
 
     def agreed_before(self, world_size: int, device: torch.device) -> bool:
@@ -58,13 +56,18 @@ class StopSignal(TrainerCallback):
             answer, event = self._asked
             event.synchronize()
             self.received = int(answer)
-        received = torch.full((), self._here, device=device)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        received = self._highest(device)
         answer = torch.empty((), dtype=received.dtype, pin_memory=True).copy_(received, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
         self._asked = answer, event
         return self.received != 0
+
+    def _highest(self, device: torch.device) -> torch.Tensor:
+        """The highest signal number of all ranks, on its way; made on the device, because a copy would wait for it."""
+        received = torch.full((), self._here, device=device)
+        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
+        return received
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.agreed_before(args.world_size, args.device):

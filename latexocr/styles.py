@@ -80,6 +80,14 @@ _IM2LATEX_SIZES = (
     (800, 100), (800, 800),
 )  # fmt: skip
 
+# Bent and rough strokes.
+_BY_HAND = (
+    Effect("elastic", 1.0, 1.5, 3.5),
+    Effect("rotate", 0.7, -3.0, 3.0),
+    Effect("rough", 1.0, 0.3, 0.6),
+    Effect("blur", 1.0, 0.3, 0.6),
+)
+
 STYLES = {
     "im2latex": Style(
         dpi=(200,),
@@ -137,10 +145,7 @@ STYLES = {
         margins=(8, 16),
         levels=16,
         effects=(
-            Effect("elastic", 1.0, 1.5, 3.5),
-            Effect("rotate", 0.7, -3.0, 3.0),
-            Effect("rough", 1.0, 0.3, 0.6),
-            Effect("blur", 1.0, 0.3, 0.6),
+            *_BY_HAND,
             Effect("fade", 1.0, 0.5, 0.8),
             Effect("paper", 1.0, 20, 70),
             Effect("noise", 1.0, 3, 6),
@@ -153,10 +158,7 @@ STYLES = {
         margins=(12, 24),
         levels=16,
         effects=(
-            Effect("elastic", 1.0, 1.5, 3.5),
-            Effect("rotate", 0.7, -3.0, 3.0),
-            Effect("rough", 1.0, 0.3, 0.6),
-            Effect("blur", 1.0, 0.3, 0.6),
+            *_BY_HAND,
             Effect("board", 1.0, 25, 75),
             Effect("noise", 1.0, 3, 6),
         ),
