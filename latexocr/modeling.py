@@ -300,7 +300,8 @@ def add_lora(
         bias="none",
     )
     for component in components:
-        if not any(re.fullmatch(family.lora_targets[component], f".{name}") for name, _ in model.named_modules()):
+        regex = re.compile(family.target_regex([component]))
+        if not any(regex.fullmatch(f".{name}") for name, _ in model.named_modules()):
             raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
     return get_peft_model(model, config)
 

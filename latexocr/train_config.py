@@ -98,7 +98,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             return
         if self.finetuning == "full":
             raise InputError("cache_vision_features needs a frozen vision tower, but --finetuning full trains it")
-        if {"vision", "merger"} & set(self.lora_components):
+        if any({"vision", "merger", "attention", "mlp"} & {word.split(".")[0]} for word in self.lora_components):
             raise InputError(
                 "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
             )
