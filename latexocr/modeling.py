@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import json
 import logging
 import re
@@ -133,7 +134,8 @@ def trusted_placeholders(model: Any) -> Iterator[None]:
     `latexocr.preprocess` writes the tokens from the same grid.
     """
     inner = inner_model(model).model
-    inner.get_placeholder_mask = functools.partial(_placeholder_masks, inner.config)
+    videos = "video_features" in inspect.signature(inner.get_placeholder_mask).parameters  # PaddleOCR-VL reads none
+    inner.get_placeholder_mask = functools.partial(_placeholder_masks if videos else _image_mask, inner.config)
     try:
         yield
     finally:
@@ -144,8 +146,16 @@ def _placeholder_masks(
     config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(batch, length, 1) twice: where image features and where video features belong."""
-    tokens = (config.image_token_id, config.video_token_id)
-    return tuple((input_ids == token)[..., None].as_subclass(PlaceholderMask) for token in tokens)
+    return _mask_of(config.image_token_id, input_ids), _mask_of(config.video_token_id, input_ids)
+
+
+def _image_mask(config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+    """(batch, length, 1): where image features belong."""
+    return _mask_of(config.image_token_id, input_ids)
+
+
+def _mask_of(token: int, input_ids: torch.Tensor) -> torch.Tensor:
+    return (input_ids == token)[..., None].as_subclass(PlaceholderMask)
 
 
 class PlaceholderMask(torch.Tensor):

@@ -256,10 +256,8 @@ def build_trainer(
 ) -> FormulaTrainer:
     """The trainer over `data`, ready to train; nothing is written yet."""
     processor, family = data.preprocessor.processor, data.preprocessor.family
-    if config.cuda_graphs and not (family.grid_free or (config.cache_vision_features and not family.deepstack)):
-        logger.info(
-            f"steps are not captured as CUDA graphs: the vision tower of {family.name} asks the host for sizes"
-        )
+    if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
+        logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
     padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
     return FormulaTrainer(
@@ -282,6 +280,20 @@ def build_trainer(
         processing_class=processor,
         callbacks=list(callbacks),
     )
+
+
+def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
+    """Why a step asks the GPU for sizes, so that no graph of it can be captured; None where it does not.
+
+    Args:
+        family: of the model.
+        cached: features come in the place of pixels.
+    """
+    if family.routed:
+        return f"the experts of {family.name} get tokens by content"
+    if not (family.grid_free or (cached and not family.deepstack)):
+        return f"the vision tower of {family.name} asks the host for sizes"
+    return None
 
 
 def announce(

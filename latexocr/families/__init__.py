@@ -22,6 +22,12 @@ class Family:
         concatenated: per-image inputs, joined along their first dimension; those that a batch has.
         deepstack: the vision tower also gives features of its middle layers to the first decoder layers.
         grid_free: the vision tower knows pictures by boundaries and positions alone, not by their grids.
+        framing_tokens: those around an image that count as its own in `moe_mm_token_type_ids`.
+        raster: the image processor gives patches row by row, and they are merged behind the vision tower; elsewhere
+            the patches of a visual token stand together.
+        routed: experts get those tokens that a router sends them: sizes that only the GPU knows.
+        empty_reasoning: what the chat template writes after a prompt in the place of a thought, and leaves out of a
+            finished conversation.
     """
 
     name: str
@@ -32,6 +38,10 @@ class Family:
     concatenated: tuple[str, ...] = ("pixel_values", "image_features", "image_grid_thw")
     deepstack: bool = False
     grid_free: bool = False
+    framing_tokens: tuple[str, ...] = ()
+    raster: bool = False
+    routed: bool = False
+    empty_reasoning: str = ""
 
     def targets(self, components: list[str]) -> dict[str, list[str]]:
         """The keys of `lora_targets` that each component selects: a part, a kind, or part.kind.
@@ -66,9 +76,9 @@ LANGUAGE = {
 
 def families() -> tuple[Family, ...]:
     """All known families."""
-    from latexocr.families import qwen2_5_vl, qwen2_vl, qwen3_vl
+    from latexocr.families import ernie4_5_vl, paddleocr_vl, qwen2_5_vl, qwen2_vl, qwen3_vl
 
-    return (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY)
+    return tuple(module.FAMILY for module in (qwen2_vl, qwen2_5_vl, qwen3_vl, ernie4_5_vl, paddleocr_vl))
 
 
 def family_of(model_type: str) -> Family:
