@@ -61,7 +61,7 @@ ERNIE_TEMPLATE = """\
 PADDLEOCR_TEMPLATE = """\
 {{- '<|begin_of_sentence|>' -}}
 {%- for message in messages -%}
-{{- {'user': 'User: ', 'assistant': 'Assistant: ', 'system': ''}[message.role] -}}
+{{- {'user': 'User: ', 'assistant': 'Assistant:\\n', 'system': ''}[message.role] -}}
 {%- if message.content is string -%}
 {{- message.content -}}
 {%- else -%}
@@ -74,7 +74,7 @@ PADDLEOCR_TEMPLATE = """\
 {%- endif -%}
 {{- '</s>' if message.role == 'assistant' else '\\n' -}}
 {%- endfor -%}
-{%- if add_generation_prompt -%}{{- 'Assistant: ' -}}{%- endif -%}
+{%- if add_generation_prompt -%}{{- 'Assistant:\\n' -}}{%- endif -%}
 """
 
 
@@ -146,7 +146,7 @@ DIALECTS: dict[str, Dialect] = {
                "vision_start_token": "<|IMAGE_START|>", "vision_end_token": "<|IMAGE_END|>"},
         begin="<s>", end="</s>", pad="<unk>",
         template=PADDLEOCR_TEMPLATE,
-        words=("User: ", PROMPT, "\nAssistant: "),
+        words=("User: ", PROMPT, "\nAssistant:\n"),
         processor=("PaddleOCRVLProcessor", "PaddleOCRVLImageProcessor"),
         on_tokenizer=True,
     ),

@@ -30,6 +30,7 @@ from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
+from latexocr.families import Family
 from latexocr.images import ImagePolicy
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
