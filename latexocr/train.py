@@ -32,10 +32,12 @@ from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.families import Family
 from latexocr.images import ImagePolicy
+from latexocr.initialisation import pissa
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
     family_in,
+    freeze,
     fresh_base,
     greedy_config,
     inner_model,
@@ -44,6 +46,7 @@ from latexocr.modeling import (
     resolve_checkpoint,
     trainable_parameters,
 )
+from latexocr.optimizers import learning_rates
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
 from latexocr.records import read_records
 from latexocr.run_folder import (
@@ -125,9 +128,7 @@ def train(config: TrainConfig) -> TrainResult:
     data = load_data(config)
     checkpoint = checkpoint_to_resume(config)
     output_dir = check_output_dir(config, checkpoint)
-    model, contract = load_model(config, data)
-    if checkpoint:
-        check_same_run(checkpoint, contract, model)
+    model, contract = load_model(config, data, checkpoint)
     training, validation = data.training, data.validation
     with _tracked(config, output_dir, checkpoint) as tracker, StopSignal() as stop:
         trainer = build_trainer(
@@ -195,14 +196,20 @@ def load_data(config: TrainConfig) -> Data:
     return Data(base_folder, preprocessor, training, validation, batches)
 
 
-def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedModel, Contract]:
-    """The base with a fresh adapter or ready to be trained as a whole, and the contract of all its checkpoints."""
+def load_model(
+    config: TrainConfig, data: Data, checkpoint: Path | None = None
+) -> tuple[PeftModel | PreTrainedModel, Contract]:
+    """The base with a fresh adapter or ready to be trained as a whole, and the contract of all its checkpoints.
+
+    Args:
+        config: says what is trained.
+        data: tells the base's folder and family.
+        checkpoint: of the run that is to go on.
+
+    Raises:
+        InputError: what is to be trained, frozen or learnt at another rate is not there, or the run was another one.
+    """
     family = data.preprocessor.family
-    set_seed(config.seed)
-    load = _load_with_lora if config.finetuning == "lora" else _load_whole
-    model = load(config, data)
-    inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
-    inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
@@ -211,22 +218,44 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedM
         prompt=config.prompt,
         image_policy=data.preprocessor.policy,
         end_token=family.end_token,
-        training={"train_records": len(data.training.records), "dropped": len(data.training.dropped)},
+        training={
+            "train_records": len(data.training.records),
+            "dropped": len(data.training.dropped),
+            "recipe": config.recipe,
+        },
     )
+    if checkpoint:
+        check_same_run(checkpoint, contract)
+    set_seed(config.seed)
+    model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
+    parts = trainable_parameters(model)
+    if config.cache_vision_features and {"vision", "merger"} & set(parts):
+        raise InputError(
+            f"cache_vision_features needs a frozen vision tower and merger, but this trains {', '.join(parts)}"
+        )
+    learning_rates(model, family, config)
+    inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
+    inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     return model, contract
 
 
-def _load_with_lora(config: TrainConfig, data: Data) -> PeftModel:
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:
+    dtype = config.frozen_dtype
     with _kernels_compiled(config, dtype):
-        return add_lora(
+        model = add_lora(
             load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code),
             data.preprocessor.family,
             components=config.lora_components,
+            pattern=config.lora_pattern,
             r=config.lora_r,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
         )
+    if config.lora_init == "pissa":
+        model.pissa_start = pissa(model, checkpoint, config.device)
+    return model
 
 
 def _load_whole(config: TrainConfig, data: Data) -> PreTrainedModel:
@@ -234,7 +263,8 @@ def _load_whole(config: TrainConfig, data: Data) -> PreTrainedModel:
     if config.init_from_config:
         return fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
     model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
-    return model.requires_grad_(True)
+    freeze(model, data.preprocessor.family, config.freeze)
+    return model
 
 
 def _kernels_compiled(config: TrainConfig, dtype: torch.dtype) -> AbstractContextManager:
@@ -306,6 +336,7 @@ def announce(
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
+    rates = learning_rates(trainer.model, dataset.preprocessor.family, config)
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
     batch, steps_an_epoch, steps = count_steps(config, len(training.records), trainer.batches)
     if trainer.batches is None:
@@ -321,6 +352,8 @@ def announce(
         f"train       {len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
         f"tokens a record: {_statistics(training)}",
     ]
+    if set(rates.values()) != {config.learning_rate}:
+        lines.append(f"rates       {', '.join(_shown_rates(rates, dataset.preprocessor.family))}")
     if validation:
         generated = min(len(validation.records), config.eval_generate_samples)
         lines.append(
@@ -340,10 +373,19 @@ def announce(
     return "\n".join(lines)
 
 
+def _shown_rates(rates: dict[str, float], family: Family) -> list[str]:
+    """The peak learning rates of each part, such as `vision 1e-05` or `language 0.0001 and 0.0016`."""
+    parts: dict[str, set[float]] = {}
+    for name, rate in rates.items():
+        parts.setdefault(family.part_of(name), set()).add(rate)
+    return [f"{part} {' and '.join(f'{rate:.4g}' for rate in sorted(found))}" for part, found in parts.items()]
+
+
 def _arithmetic(config: TrainConfig) -> str:
     weights = "random weights, " if config.init_from_config else ""
-    master = ", weights in float32" if config.bf16 and config.finetuning == "full" else ""
-    return f"{weights}{'bfloat16' if config.bf16 else 'float32'}{master}"
+    name = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    master = ", weights in float32" if name != "float32" and config.finetuning == "full" else ""
+    return f"{weights}{name}{master}"
 
 
 def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:
