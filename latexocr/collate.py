@@ -106,9 +106,8 @@ class FlattenedCollator(FormulaCollator):
         }
 
     def _token_types(self, features: list[dict[str, Any]], length: int) -> dict[str, torch.Tensor]:
-        """(1, length) each, those that are of use beside positions; a filler is text."""
-        keys = [key for key, _ in self.family.padded if key != "mm_token_type_ids"]
-        types = {key: torch.cat([feature[key] for feature in features]) for key in keys}
+        """(1, length) each; a filler is text."""
+        types = {key: torch.cat([feature[key] for feature in features]) for key in self.family.token_types}
         return {key: pad(values, (0, length - len(values)))[None] for key, values in types.items()}
 
     def _given(self, features: list[dict[str, Any]]) -> dict[str, Any]:

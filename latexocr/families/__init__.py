@@ -54,6 +54,11 @@ class Family:
     routed: bool = False
     empty_reasoning: str = ""
 
+    @property
+    def token_types(self) -> tuple[str, ...]:
+        """Those of `padded` that a model asks for beside positions."""
+        return tuple(key for key, _ in self.padded if key != "mm_token_type_ids")
+
     def part_of(self, parameter: str) -> str:
         """The part of the model that a parameter with this name belongs to.
 

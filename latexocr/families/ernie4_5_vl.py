@@ -1,6 +1,6 @@
 """ERNIE-4.5-VL: a mixture of experts, some for text and some for images; patches are not doubled in time."""
 
-from latexocr.families import LANGUAGE, Family
+from latexocr.families import LANGUAGE, PARTS, Family
 
 FAMILY = Family(
     name="ERNIE-4.5-VL",
@@ -11,6 +11,12 @@ FAMILY = Family(
     empty_reasoning="<think>\n\n</think>\n\n",
     grid_free=True,
     routed=True,
+    parts={
+        "experts": r"\.(?:text|vision)_moe\.",
+        **PARTS,
+        "merger": r"\.resampler_model\.",
+        "vision": r"\.vision_tower\.",
+    },
     lora_targets={
         **LANGUAGE,  # language.mlp: that of the first layer, which has no experts
         "language.shared_experts": r".*\.language_model\.layers\.\d+\.mlp\.shared_experts\.(?:gate|up|down)_proj",
