@@ -86,6 +86,10 @@ class TrainOptions:
         [], "words, or files of one a line, that become tokens with embeddings of their own"
     )
 
+    router_aux_loss_coef: float | None = option(
+        None, "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)"
+    )
+
     # against memorising
     token_corruption: float = option(0.0, "share of answer tokens that the decoder is shown wrong in training")
     augment: str | None = option(None, "style in which each training picture is varied anew in every epoch")

@@ -300,7 +300,7 @@ def add_lora(
     pattern: str | None = None,
     **variant: Any,
 ) -> PeftModel:
-    """Wrap `model` with fresh LoRA adapters on the linear layers of the named components.
+    """Wrap `model` with fresh LoRA adapters on the linear layers (or stacked experts) of the named components.
 
     Args:
         model: the base.
@@ -321,13 +321,24 @@ def add_lora(
         )
     if pattern is not None:
         _check_pattern(model, family, pattern)
+    layers: set[str] = set()
+    stacked: set[str] = set()  # experts in one parameter, which is no layer
     for component in [] if pattern else components:
-        regex = re.compile(family.target_regex([component]))
-        if not any(regex.fullmatch(f".{name}") for name, _ in model.named_modules()):
+        matches = re.compile(family.target_regex([component])).fullmatch
+        found = {name for name, _ in model.named_modules() if matches(f".{name}")}
+        parameters = {name for name, _ in model.named_parameters() if matches(f".{name}")}
+        if not found | parameters:
             raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
+        layers, stacked = layers | found, stacked | parameters
+    if stacked and (dropout or variant.get("use_dora")):
+        raise InputError(
+            f"{' '.join(components)} of {family.name} names experts that are stacked in one parameter, where neither "
+            "dropout nor DoRA is possible: --lora_dropout 0 --use_dora false"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=pattern or family.target_regex(components),
+        target_modules=pattern or (family.target_regex(components) if layers else None),
+        target_parameters=sorted(stacked) or None,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
@@ -366,7 +377,7 @@ def freeze(model: PreTrainedModel, family: Family, patterns: list[str]) -> None:
     """
     model.requires_grad_(True)
     names = dict(model.named_parameters())
-    for pattern in patterns:
+    for pattern in [*patterns, *family.never_trained]:
         is_part, search = pattern in family.parts, _expression(pattern, "freeze").search
         found = [name for name in names if (family.part_of(name) == pattern if is_part else search(name))]
         if not found:

@@ -57,7 +57,7 @@ ERNIE_28B_TEXT = dict(
 )  # fmt: skip
 PADDLEOCR_TEXT = dict(
     hidden_size=1024, intermediate_size=3072, num_hidden_layers=18, num_attention_heads=16, num_key_value_heads=2,
-    head_dim=128, vocab_size=103424, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=True,
+    head_dim=128, vocab_size=103424, max_position_embeddings=131072, rms_norm_eps=1e-5, tie_word_embeddings=False,
     rope_parameters=_rope(500000.0, 16, 24, 24),
 )  # fmt: skip
 # 11 million parameters with 1,000 tokens. Patches of 6 pixels: a visual token covers one or two glyphs of print that

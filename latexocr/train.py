@@ -228,6 +228,8 @@ def load_model(
         check_same_run(checkpoint, contract)
     set_seed(config.seed)
     model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
+    if config.router_aux_loss_coef is not None:
+        ask_for_router_loss(inner_model(model).config, family, config.router_aux_loss_coef)
     parts = trainable_parameters(model)
     if config.cache_vision_features and {"vision", "merger"} & set(parts):
         raise InputError(
@@ -237,6 +239,18 @@ def load_model(
     inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
     inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     return model, contract
+
+
+def ask_for_router_loss(config: Any, family: Family, weight: float) -> None:
+    """Let a mixture of experts give its router loss, see `latexocr.loss`.
+
+    Raises:
+        InputError: the family has no experts, or a negative weight.
+    """
+    if not family.routed or weight < 0:
+        raise InputError(f"router_aux_loss_coef {weight}: needs a mixture of experts and 0 or more ({family.name})")
+    text = config.get_text_config()
+    text.output_router_logits, text.router_aux_loss_coef = weight > 0, weight
 
 
 def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:

@@ -38,6 +38,9 @@ class Family:
         routed: experts get those tokens that a router sends them: sizes that only the GPU knows.
         empty_reasoning: what the chat template writes after a prompt in the place of a thought, and leaves out of a
             finished conversation.
+        never_trained: regular expressions of parameters that no gradient reaches.
+        hub_names: beginnings of names in the published checkpoints -> the model's own, where transformers reads the
+            former but writes others.
     """
 
     name: str
@@ -53,6 +56,8 @@ class Family:
     raster: bool = False
     routed: bool = False
     empty_reasoning: str = ""
+    never_trained: tuple[str, ...] = ()
+    hub_names: tuple[tuple[str, str], ...] = ()
 
     @property
     def token_types(self) -> tuple[str, ...]:

@@ -11,6 +11,8 @@ FAMILY = Family(
     empty_reasoning="<think>\n\n</think>\n\n",
     grid_free=True,
     routed=True,
+    never_trained=(r"\.e_score_correction_bias$",),  # it balances the choice of experts, and is no part of the output
+    hub_names=(("vision_model", "model.vision_tower"),),
     parts={
         "experts": r"\.(?:text|vision)_moe\.",
         **PARTS,
