@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import re
@@ -22,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError, nearest
 from latexocr.families import Family, family_of
+from latexocr.new_tokens import add_rows, train_rows
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
@@ -403,6 +405,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
             f"{adapter}: trained on another base model ({contract.base_model}, {contract.model_type}), "
             f"given {base_folder} ({read_config(base_folder).get('model_type')})"
         )
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    new_tokens = itertools.chain.from_iterable((config.get("trainable_token_indices") or {}).values())
+    add_rows(model, max(new_tokens, default=-1) + 1)
     try:
         peft_model = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
@@ -413,6 +418,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
     if saved != expected:
         first = sorted(saved ^ expected)[0]
         raise InputError(f"{adapter}: {len(saved ^ expected)} tensors do not fit {base_folder}, first {first}")
+    train_rows(peft_model)
     return peft_model
 
 
