@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from latexocr.errors import InputError
 
-MULTIPLE = 8  # rows of an embedding matrix that grows: GPUs multiply such sizes fastest
 logger = logging.getLogger(__name__)
 
 
@@ -62,7 +61,7 @@ def add_tokens(tokenizer: Any, words: Sequence[str]) -> dict[int, list[int]]:
 def add_rows(model: PreTrainedModel, num_tokens: int) -> None:
     """Room for `num_tokens` tokens in the embeddings and the head; many checkpoints have spare rows."""
     if num_tokens > len(model.get_input_embeddings().weight):
-        model.resize_token_embeddings(num_tokens, pad_to_multiple_of=MULTIPLE, mean_resizing=False)
+        model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 
 @torch.no_grad()
