@@ -55,8 +55,11 @@ def parameter_groups(
         decaying: names of the parameters that `weight_decay` is for.
         weight_decay: of those.
     """
-    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {}
+    usual = options.learning_rate, weight_decay  # first, because stock Trainer logs the first group's rate
+    groups: dict[tuple[float, float], list[torch.nn.Parameter]] = {usual: []}
     parameters = dict(model.named_parameters())
     for name, rate in learning_rates(model, family, options).items():
         groups.setdefault((rate, weight_decay if name in decaying else 0.0), []).append(parameters[name])
-    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+    return [
+        {"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items() if params
+    ]

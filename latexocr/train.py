@@ -46,6 +46,7 @@ from latexocr.modeling import (
     resolve_checkpoint,
     trainable_parameters,
 )
+from latexocr.new_tokens import add_tokens, make_room, read_words, token_indices, train_rows
 from latexocr.optimizers import learning_rates
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
 from latexocr.records import read_records
@@ -256,8 +257,11 @@ def ask_for_router_loss(config: Any, family: Family, weight: float) -> None:
 def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:
     dtype = config.frozen_dtype
     with _kernels_compiled(config, dtype):
+        base = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        pieces = data.preprocessor.new_tokens
+        make_room(base, pieces)
         model = add_lora(
-            load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code),
+            base,
             data.preprocessor.family,
             components=config.lora_components,
             pattern=config.lora_pattern,
@@ -266,7 +270,9 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
             dropout=config.lora_dropout,
             use_rslora=config.use_rslora,
             use_dora=config.use_dora,
+            trainable_token_indices=token_indices(base, pieces) if pieces else None,
         )
+    train_rows(model)
     if config.lora_init == "pissa":
         model.pissa_start = pissa(model, checkpoint, config.device)
     return model
@@ -275,8 +281,10 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
 def _load_whole(config: TrainConfig, data: Data) -> PreTrainedModel:
     """In float32: steps are smaller than what bfloat16 can tell apart; autocast computes with rounded copies."""
     if config.init_from_config:
-        return fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
-    model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+        model = fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
+    else:
+        model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    make_room(model, data.preprocessor.new_tokens)
     freeze(model, data.preprocessor.family, config.freeze)
     return model
 
@@ -442,7 +450,8 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
         setattr(config, option, getattr(policy, field))
     if config.prompt is None:
         config.prompt = known.prompt if known else PROMPT
-    return base_folder, Preprocessor(processor, family, policy, config.prompt)
+    pieces = add_tokens(processor.tokenizer, read_words(config.new_tokens))
+    return base_folder, Preprocessor(processor, family, policy, config.prompt, pieces)
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:

@@ -11,6 +11,7 @@ What it changes in `transformers.Trainer`, and why:
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -49,6 +50,7 @@ from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_sign
 from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
+logger = logging.getLogger(__name__)
 LOSS_METER = "loss_meter.json"
 FINAL = {"lora": "adapter", "full": "model"}  # folder of what a training is for
 STOCK = "sdpa"  # attention for padded batches and for a growing cache
@@ -85,6 +87,8 @@ class FormulaTrainer(Trainer):
         self.eval_collator, self.lengths = eval_collator, lengths
         self._start: Tensors = getattr(self.model, "pissa_start", {})
         self._head = detach_head(self.model) if self.args.fused_loss else None
+        if self.args.fused_loss and self._head is None:
+            logger.info("fused_loss is left out: the output layer is trained or an unusual one")
         self._loras = FusedLoras(self.model) if self.args.fused_lora else None
         if self.args.fused_layers:
             fuse_layers(self.model)

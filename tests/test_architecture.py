@@ -15,7 +15,7 @@ LAYERS = (
     {"pictures", "likeness", "sources", "config", "console", "stopping", "shapes"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar"},
-    {"render", "contract", "attention", "lora", "dialects", "optimizers"},
+    {"render", "contract", "attention", "lora", "dialects", "optimizers", "new_tokens"},
     {"layers", "page", "rasterize"},
     {"modeling", "preprocess", "findings", "synthesize"},
     {"collate", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
