@@ -41,8 +41,10 @@ def _know_hub_names() -> None:
     for family in families():
         for model_type in family.model_types if family.hub_names else ():
             known = get_checkpoint_conversion_mapping(model_type)
-            added = [WeightRenaming(f"^{hub}", own) for hub, own in family.hub_names]
-            register_checkpoint_conversion_mapping(model_type, [*known, *added], overwrite=True)
+            for hub, own in family.hub_names:
+                both = [WeightRenaming(rf"^model\.{hub}", own), WeightRenaming(f"^{hub}", own)]  # stock's, the hub's
+                known = [*both, *(each for each in known if each.source_patterns != [hub])]
+            register_checkpoint_conversion_mapping(model_type, known, overwrite=True)
 
 
 _know_hub_names()
