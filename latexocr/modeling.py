@@ -293,7 +293,8 @@ def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, tor
 
 
 def greedy_config(processor: Any, family: Family) -> GenerationConfig:
-    """Plain greedy decoding up to the family's end token.
+    """Plain greedy decoding up to the family's end token, or up to the tokenizer's own, with which an untrained base
+    of a family whose template writes another one ends.
 
     Published checkpoints carry sampling settings and a repetition penalty meant for chat; a penalty ruins formulas,
     whose tokens repeat by nature.
@@ -301,7 +302,8 @@ def greedy_config(processor: Any, family: Family) -> GenerationConfig:
     tokenizer = processor.tokenizer
     end_id = tokenizer.convert_tokens_to_ids(family.end_token)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
-    return GenerationConfig(do_sample=False, eos_token_id=end_id, pad_token_id=pad_id, repetition_penalty=1.0)
+    ends = end_id if tokenizer.eos_token_id in (None, end_id) else [end_id, tokenizer.eos_token_id]
+    return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad_id, repetition_penalty=1.0)
 
 
 def inner_model(model: Any) -> Any:
