@@ -92,6 +92,7 @@ def merge(
     import torch
 
     from latexocr import modeling
+    from latexocr.card import write_card
     from latexocr.images import load_image
     from latexocr.predict import LatexOCR
 
@@ -121,9 +122,10 @@ def merge(
         _cast_parameters(ocr.model, getattr(torch, stored_dtype))
         with modeling.no_progress_bars():
             ocr.model.save_pretrained(output, save_original_format=True)
-        ocr.preprocessor.processor.save_pretrained(output)
+        modeling.save_processor(ocr.preprocessor.processor, output, ocr.preprocessor.policy)
         if ocr.contract:
             ocr.contract.save(output)  # it keeps saying which base and which training this came from
+            write_card(output)
         _cast_parameters(ocr.model, torch.float32)
         rounded = log_probabilities(ocr, pictures, answers)
         ocr.model = None  # two copies in float32 need not be in memory together

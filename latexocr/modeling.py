@@ -19,12 +19,12 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, read_json
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.families import Family, family_of
+from latexocr.images import ImagePolicy
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 logger = logging.getLogger(__name__)
 
@@ -79,10 +79,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "; it holds an adapter: give it with --adapter" if (folder / ADAPTER_CONFIG).is_file() else ""
         raise InputError(f"{folder}: no config.json, so not a model checkpoint{hint}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: malformed JSON ({error})") from error
+    return read_json(path)
 
 
 def family_in(folder: Path) -> Family:
@@ -260,6 +257,20 @@ def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, tor
     for part in parts:  # save_pretrained writes the type of the weights in memory
         part.update({"dtype": "bfloat16"} if "dtype" in part else {})
     write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def save_processor(processor: Any, folder: Path, policy: ImagePolicy) -> None:
+    """Beside a whole model: for vLLM and others that prepare pictures by the checkpoint's own settings.
+
+    Their minimum is then ours: by Qwen2-VL's, 56 x 56 pixels, a small formula would be six visual tokens. Sizes of mode
+    "fixed" cannot be said there.
+    """
+    image_processor = processor.image_processor
+    if policy.mode == "fit" and "shortest_edge" in dict(image_processor.size):
+        edges = {"shortest_edge": policy.min_visual_tokens, "longest_edge": policy.max_visual_tokens}
+        sizes = {name: tokens * policy.cell**2 for name, tokens in edges.items()}
+        image_processor.size = type(image_processor.size)(**sizes)
+    processor.save_pretrained(folder)
 
 
 def greedy_config(processor: Any, family: Family) -> GenerationConfig:

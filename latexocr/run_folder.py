@@ -11,10 +11,11 @@ from typing import Any
 
 from peft import PeftModel
 
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS
 from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.metrics_file import METRICS_FILE
-from latexocr.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, check_adapter
+from latexocr.modeling import check_adapter
 from latexocr.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
