@@ -1,4 +1,4 @@
-"""`README.md` of every adapter and model that is saved: what it is, how to use it, what it was made of, how good it is.
+"""`README.md` of every adapter and model that is saved: what it is, how to use it, what made it, how good it is.
 
 The front matter is what the hubs read (https://huggingface.co/docs/hub/model-cards).
 """
@@ -6,16 +6,15 @@ The front matter is what the hubs read (https://huggingface.co/docs/hub/model-ca
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from latexocr.checkpoint import HUB_ID
 from latexocr.contract import write_text
 from latexocr.info import Info, inspect, option_texts
 
 FILE_NAME = "README.md"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 WITH_LATEXOCR = """\
 ```python
 from latexocr.predict import LatexOCR

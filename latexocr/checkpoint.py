@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +12,9 @@ from latexocr.errors import InputError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
+TRAINER_STATE, LOSS_METER = "trainer_state.json", "loss_meter.json"  # what a resumed training reads
 AVERAGE_WEIGHTS = "average.safetensors"  # beside a checkpoint's own weights, see `latexocr.averaging`
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 class TensorHeader(NamedTuple):

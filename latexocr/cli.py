@@ -70,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # on two cores ran at 1 sample/s each, and at 26 like this. Read when torch is loaded, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "filelock", "fsspec", "matplotlib", "PIL"):
+    for noisy in ("httpx", "httpx2", "filelock", "fsspec", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return _run(verb, rest)

@@ -19,13 +19,12 @@ from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_CONFIG, read_json
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_ID, MODEL_CONFIG, read_json
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.families import Family, family_of
 from latexocr.images import ImagePolicy
 
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 logger = logging.getLogger(__name__)
 
 
@@ -262,8 +261,8 @@ def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, tor
 def save_processor(processor: Any, folder: Path, policy: ImagePolicy) -> None:
     """Beside a whole model: for vLLM and others that prepare pictures by the checkpoint's own settings.
 
-    Their minimum is then ours: by Qwen2-VL's, 56 x 56 pixels, a small formula would be six visual tokens. Sizes of mode
-    "fixed" cannot be said there.
+    Their minimum is then ours: by Qwen2-VL's, 56 x 56 pixels, a small formula would be six visual tokens. What mode
+    "fixed" does cannot be said there.
     """
     image_processor = processor.image_processor
     if policy.mode == "fit" and "shortest_edge" in dict(image_processor.size):

@@ -11,7 +11,7 @@ from typing import Any
 
 from peft import PeftModel
 
-from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, TRAINER_STATE
 from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.metrics_file import METRICS_FILE
@@ -19,7 +19,6 @@ from latexocr.modeling import check_adapter
 from latexocr.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
-TRAINER_STATE = "trainer_state.json"
 LEFT_BEHIND = (METRICS_FILE, "adapter", "model", "validation", "evaluation")  # by a run, besides checkpoints
 
 

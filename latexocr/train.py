@@ -25,6 +25,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
+from latexocr.checkpoint import TRAINER_STATE
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
@@ -46,7 +47,6 @@ from latexocr.modeling import (
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
 from latexocr.records import read_records
 from latexocr.run_folder import (
-    TRAINER_STATE,
     check_output_dir,
     check_same_run,
     checkpoint_to_resume,

@@ -28,8 +28,9 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 
 from latexocr.attention import VARLEN, set_attention
 from latexocr.averaging import WeightAverage
-from latexocr.console import Console
 from latexocr.card import write_card
+from latexocr.checkpoint import LOSS_METER
+from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
 from latexocr.errors import InputError
@@ -48,7 +49,6 @@ from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_sign
 from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
-LOSS_METER = "loss_meter.json"
 FINAL = {"lora": "adapter", "full": "model"}  # folder of what a training is for
 STOCK = "sdpa"  # attention for padded batches and for a growing cache
 Collate = Callable[[list[dict]], dict[str, Any]]

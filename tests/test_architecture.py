@@ -18,7 +18,7 @@ LAYERS = (
     {"render", "contract", "attention", "lora"},
     {"layers", "page", "rasterize"},
     {"modeling", "preprocess", "findings", "synthesize", "info"},
-    {"card"},
+    {"card", "upload"},
     {"collate", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
     {"decoding", "run_folder"},
     {"generate"},

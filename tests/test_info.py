@@ -53,7 +53,8 @@ def test_an_adapter_and_what_is_merged_of_it(trained, tiny, records, tmp_path, c
     assert (training["train_records"], training["val_records"], training["generated_records"]) == (24, 7, 2)
     assert training["options"] == {
         "finetuning": "lora", "learning_rate": 1e-3, "per_device_train_batch_size": 2, "seed": 42, "max_steps": 1,
-        "gradient_accumulation_steps": 4, "bf16": False, "lora_r": 8, "lora_dropout": 0.0, "lora_components": ["language", "merger"],
+        "gradient_accumulation_steps": 4, "bf16": False, "lora_r": 8, "lora_dropout": 0.0,
+        "lora_components": ["language", "merger"],
     }  # fmt: skip
     assert found.scores["loss"] == trained.metrics["eval_loss"]
     assert main(["info", str(adapter)]) == 0
