@@ -65,7 +65,13 @@ class TrainOptions:
     lora_r: int = option(64, "rank")
     lora_alpha: int = option(16, "scale: the update is multiplied by lora_alpha / lora_r")
     lora_dropout: float = option(0.05, "dropout before the adapter")
-    lora_components: list[str] = option(["language"], "which parts get adapters: language, vision, merger")
+    lora_components: list[str] = option(
+        ["language"], "what gets adapters: language, vision, merger, attention, mlp, or one of one: vision.mlp"
+    )
+
+    load_in_4bit: bool = option(False, "QLoRA: the frozen base in 4 bits (NF4, double quantisation; bitsandbytes)")
+    load_in_8bit: bool = option(False, "the frozen base in 8 bits (LLM.int8; bitsandbytes)")
+    quantized_parts: list[str] = option(["language"], "what 4 or 8 bits hold: language, vision, merger")
 
     # against memorising
     token_corruption: float = option(0.0, "share of answer tokens that the decoder is shown wrong in training")

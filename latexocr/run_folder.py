@@ -71,6 +71,7 @@ def check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
         "base model": (saved.base_fingerprint, contract.base_fingerprint),
         "prompt": (saved.prompt, contract.prompt),
         "image options": (saved.image_policy, contract.image_policy),
+        "load_in_4bit, load_in_8bit or quantized_parts": (saved.quantization, contract.quantization),
     }
     if isinstance(model, PeftModel):
         check_adapter(checkpoint)

@@ -45,6 +45,7 @@ from latexocr.modeling import (
     trainable_parameters,
 )
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
+from latexocr.quantization import num_weights
 from latexocr.records import read_records
 from latexocr.run_folder import (
     check_output_dir,
@@ -213,6 +214,7 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedM
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
+        quantization=config.quantization,
         base_fingerprint=(config_fingerprint if config.init_from_config else fingerprint)(data.base_folder),
         model_type=family.model_types[0],
         prompt=config.prompt,
@@ -249,7 +251,13 @@ def _load_with_lora(config: TrainConfig, data: Data) -> PeftModel:
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     with _kernels_compiled(config, dtype):
         return add_lora(
-            load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code),
+            load_base(
+                data.base_folder,
+                dtype=dtype,
+                device=config.device if config.quantization else None,
+                quantization=config.quantization,
+                trust_remote_code=config.trust_remote_code,
+            ),
             data.preprocessor.family,
             components=config.lora_components,
             r=config.lora_r,
@@ -319,8 +327,7 @@ def announce(
 ) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
     config, dataset = trainer.args, trainer.train_dataset
-    # ZeRO-3 has sharded the weights already: their own size is 0, ds_numel the whole one
-    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainer.model.parameters())
+    total = sum(num_weights(parameter) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
@@ -360,7 +367,8 @@ def announce(
 def _arithmetic(config: TrainConfig) -> str:
     weights = "random weights, " if config.init_from_config else ""
     master = ", weights in float32" if config.bf16 and config.finetuning == "full" else ""
-    return f"{weights}{'bfloat16' if config.bf16 else 'float32'}{master}"
+    rounded = f", {config.quantization}" if config.quantization else ""
+    return f"{weights}{'bfloat16' if config.bf16 else 'float32'}{master}{rounded}"
 
 
 def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:

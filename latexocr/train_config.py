@@ -17,6 +17,7 @@ from latexocr.errors import InputError, nearest
 from latexocr.lora import kernels_available, runs_kernels
 from latexocr.metrics import METRICS
 from latexocr.modeling import default_dtype
+from latexocr.quantization import Quantization, check_installed
 
 logger = logging.getLogger(__name__)
 MAX_WORKERS = 8
@@ -92,7 +93,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.fused_loss = not sharded and self.finetuning == "lora"  # a trained head needs a gradient
         if self.fused_lora is None:
             self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
-            self.fused_lora = self.fused_lora and self.finetuning == "lora"
+            self.fused_lora = self.fused_lora and self.finetuning == "lora" and not self.load_in_8bit
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.flatten and self.no_random_state and self.bf16 and not sharded
         self._check_fast(on_gpu, sharded)
@@ -109,7 +110,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             return
         if self.finetuning == "full":
             raise InputError("cache_vision_features needs a frozen vision tower, but --finetuning full trains it")
-        if {"vision", "merger"} & set(self.lora_components):
+        if any({"vision", "merger", "attention", "mlp"} & {word.split(".")[0]} for word in self.lora_components):
             raise InputError(
                 "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
             )
@@ -128,6 +129,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         for name in ("fused_loss", "fused_lora"):
             if getattr(self, name) and self.finetuning == "full":
                 raise InputError(f"{name} needs frozen weights, --finetuning full trains them: leave it out")
+        self._check_quantization()
         if self.early_stopping_patience is not None and not self.val_json:
             raise InputError("early_stopping_patience needs a val_json to watch")
         if self.eval_strategy not in (None, "no") and not self.val_json:
@@ -166,6 +168,24 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 )
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
+
+    def _check_quantization(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("load_in_4bit and load_in_8bit exclude each other: leave one out")
+        if self.quantization:
+            name = f"load_in_{self.quantization.bits}bit"
+            if self.finetuning == "full":
+                raise InputError(f"{name} rounds weights that --finetuning full trains: leave one of the two out")
+            check_installed(name)
+        if any(word in str(getattr(self.optim, "value", self.optim)) for word in ("8bit", "paged")):
+            check_installed(f"optim {getattr(self.optim, 'value', self.optim)}")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is rounded when it is loaded."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        return Quantization(4 if self.load_in_4bit else 8, tuple(self.quantized_parts))
 
     @property
     def best_metric(self) -> str | None:

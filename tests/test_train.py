@@ -194,6 +194,23 @@ def test_lora_components(model_type, tiny_models):
     assert found == {"vision": modules[0], "merger": modules[1]}
 
 
+@pytest.mark.parametrize(
+    ("components", "found"),
+    [
+        (["attention"], {"vision": 4, "language": 12}),
+        (["language.mlp"], {"language": 9}),
+        (["merger", "vision.attention"], {"vision": 4, "merger": 2}),
+        (["vision", "mlp"], {"vision": 8, "language": 9}),
+    ],
+)
+def test_lora_on_a_part_a_kind_or_one_of_one(components, found, tiny_models):
+    """Qwen2-VL: three decoder layers (4 + 3 linear layers each), two vision blocks (2 + 2), a merger of 2."""
+    folder = tiny_models["qwen2_vl"]
+    model = add_lora(load_base(folder, dtype=torch.float32), family_in(folder), components=components,
+                     r=2, alpha=2, dropout=0.0)  # fmt: skip
+    assert {part: count for part, (_, count) in trainable_parameters(model).items()} == found
+
+
 def test_epoch_sampler_covers_each_sample_once_and_pads_with_masked():
     sampler = EpochSampler([7] * 5, batch_size=2, ranks=2, seed=0)
     first = list(sampler)

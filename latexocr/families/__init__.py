@@ -15,8 +15,9 @@ class Family:
         name: what we call it.
         model_types: values of `config.model_type` that belong to it.
         end_token: what the chat template writes after an answer; supervised, and where generation stops.
-        lora_targets: component -> regular expression over full module paths. Full paths, because short names
-            collide: a `gate_proj` is in Qwen2.5-VL's language model and in its vision tower.
+        lora_targets: "part.kind" -> regular expression over full module paths. Full paths, because short names
+            collide: a `gate_proj` is in Qwen2.5-VL's language model and in its vision tower. A key without a kind
+            is selected by its own name alone.
         padded: per-token inputs that the tokenizer does not pad, with their padding value.
         concatenated: per-image inputs, joined along their first dimension; those that a batch has.
         deepstack: the vision tower also gives features of its middle layers to the first decoder layers.
@@ -32,24 +33,35 @@ class Family:
     deepstack: bool = False
     grid_free: bool = False
 
-    def target_regex(self, components: list[str]) -> str:
-        """One expression for peft's `target_modules`.
+    def targets(self, components: list[str]) -> dict[str, list[str]]:
+        """The keys of `lora_targets` that each component selects: a part, a kind, or part.kind.
+
+        >>> family_of("qwen2_vl").targets(["vision", "mlp"])
+        {'vision': ['vision.attention', 'vision.mlp'], 'mlp': ['language.mlp', 'vision.mlp']}
 
         Raises:
-            InputError: a component that this family does not have.
+            InputError: a component that this family does not have, or none at all.
         """
+        known = list(dict.fromkeys(word for key in self.lora_targets for word in (key, *key.split("."))))
         for component in components:
-            if component not in self.lora_targets:
-                known = list(self.lora_targets)
+            if component not in known:
                 raise InputError(
                     f"lora_components: {component!r} is none of {known}{nearest(component, known)} ({self.name})"
                 )
         if not components:
-            raise InputError(f"lora_components is empty: name at least one of {list(self.lora_targets)}")
-        return "|".join(f"(?:{self.lora_targets[component]})" for component in components)
+            raise InputError(f"lora_components is empty: name at least one of {known}")
+        return {word: [key for key in self.lora_targets if word in (key, *key.split("."))] for word in components}
+
+    def target_regex(self, components: list[str]) -> str:
+        """One expression for peft's `target_modules`. Arguments and errors as `targets`."""
+        keys = dict.fromkeys(key for keys in self.targets(components).values() for key in keys)
+        return "|".join(f"(?:{self.lora_targets[key]})" for key in keys)
 
 
-LANGUAGE = r".*\.language_model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:gate|up|down)_proj)"
+LANGUAGE = {
+    "language.attention": r".*\.language_model\.layers\.\d+\.self_attn\.[qkvo]_proj",
+    "language.mlp": r".*\.language_model\.layers\.\d+\.mlp\.(?:gate|up|down)_proj",
+}
 
 
 def families() -> tuple[Family, ...]:
