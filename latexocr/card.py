@@ -52,8 +52,8 @@ def card(found: Info) -> str:
         "## What it is",
         _table(found.rows()),
     ]
-    if found.training.get("options"):
-        options = ", ".join(f"`{text}`" for text in option_texts(found.training["options"]))
+    if found.options:
+        options = ", ".join(f"`{text}`" for text in option_texts(found.options))
         version = found.contract.versions.get("latexocr")
         parts += ["## Training options", f"{options}; all others as latexocr {version} has them by default."]
     if found.scores:

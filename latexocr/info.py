@@ -75,6 +75,12 @@ class Info:
         return self.contract.training if self.contract else {}
 
     @property
+    def options(self) -> dict[str, Any]:
+        """What was trained and how; what is off or empty is left out."""
+        options = self.training.get("recipe", {}) | self.training.get("options", {})
+        return {name: value for name, value in options.items() if value or (value == 0 and value is not False)}
+
+    @property
     def scores(self) -> dict[str, float]:
         """The validation of these very weights, by metric without `eval_`."""
         evaluation = self.training.get("evaluation", {})
@@ -106,8 +112,8 @@ class Info:
             ]
         if "train_records" in self.training:
             found.append(("trained on", training_text(self.training)))
-        if self.training.get("options"):
-            found.append(("options", ", ".join(option_texts(self.training["options"]))))
+        if self.options:
+            found.append(("options", ", ".join(option_texts(self.options))))
         if self.scores:
             found.append(("scores", ", ".join(f"{name} {value:.4g}" for name, value in self.scores.items())))
         if self.contract:
@@ -239,8 +245,13 @@ def training_text(training: dict[str, Any]) -> str:
 
 def option_texts(options: dict[str, Any]) -> list[str]:
     """`name value` of each option, as the command line takes it."""
-    plain = {name: " ".join(map(str, value)) if isinstance(value, list) else value for name, value in options.items()}
-    return [f"{name} {value}" for name, value in plain.items()]
+    return [f"{name} {_words(value)}" for name, value in options.items()]
+
+
+def _words(value: Any) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{name}={inner}" for name, inner in value.items())
+    return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
 def info(folder: Path, /, *, json: bool = False) -> str:

@@ -24,9 +24,9 @@ MAX_WORKERS = 8
 # config.yaml describes a run, so that it can be given again: no secrets, and nothing about how it was started.
 NEVER_SAVED = {"hub_token", "push_to_hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
 # A model card shows these always, and of the others what is not as by default,
-RECIPE = ("finetuning", "learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+SHOWN = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 # except what is said elsewhere in `latexocr.json` and what the weights do not depend on. Names begin so.
-NOT_RECIPE = (
+NOT_SHOWN = (
     "model_name", "hub", "train_json", "val_json", "output_dir", "prompt", "image_", "min_visual", "max_visual",
     "dataloader_", "logging_", "swanlab_", "board_", "eval_", "save_", "per_device_eval", "generate_", "greater_is",
     "run_name", "report_to", "disable_tqdm", "use_cpu", "remove_unused", "ddp_", "log_level", "max_new_tokens",
@@ -34,6 +34,12 @@ NOT_RECIPE = (
     "accelerator_config", "load_best", "metric_for", "flatten", "fused_", "cuda_graphs", "cache_vision", "debug",
     "do_",
 )  # fmt: skip
+
+# Fields that say what is trained; a run that goes on repeats them.
+RATES = ("learning_rates", "new_tokens")
+LORA = ("lora_r", "lora_alpha", "lora_components", "lora_pattern", "lora_init", "use_rslora", "use_dora",
+        "loraplus_lr_ratio")  # fmt: skip
+RECIPE = {"lora": ("finetuning", *LORA, *RATES), "full": ("finetuning", "freeze", *RATES)}
 
 
 @dataclass
@@ -81,7 +87,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
-        self._check_vision_cache()
         if self.by_budget and not self.flatten:
             raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
         sharded = bool(self.fsdp or self.deepspeed) or any(
@@ -94,6 +99,9 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.fused_lora is None:
             self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
             self.fused_lora = self.fused_lora and self.finetuning == "lora" and not self.load_in_8bit
+            self.fused_lora = self.fused_lora and not self.use_dora
+            if self.use_dora and on_gpu:
+                logger.info("DoRA trains without the fused kernels for adapters and without CUDA graphs")
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.flatten and self.no_random_state and self.bf16 and not sharded
         self._check_fast(on_gpu, sharded)
@@ -105,21 +113,12 @@ class TrainConfig(TrainOptions, TrainingArguments):
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
             self._n_gpu = 1  # Trainer would fall back to nn.DataParallel, which is slow and splits our batches wrongly
 
-    def _check_vision_cache(self) -> None:
-        if not self.cache_vision_features:
-            return
-        if self.finetuning == "full":
-            raise InputError("cache_vision_features needs a frozen vision tower, but --finetuning full trains it")
-        if any({"vision", "merger", "attention", "mlp"} & {word.split(".")[0]} for word in self.lora_components):
-            raise InputError(
-                "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
-            )
-        if self.augment:
-            raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
-
     def _check(self) -> None:
         if self.init_from_config and self.finetuning == "lora":
             raise InputError("init_from_config makes random weights: nothing to adapt; add --finetuning full")
+        self._check_trained()
+        if self.cache_vision_features and self.augment:
+            raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
         if not 0 <= self.token_corruption < 1:
             raise InputError(f"token_corruption is {self.token_corruption}, needs a share from 0 to below 1")
         if self.average_weights is not None and not 0 < self.average_weights < 1:
@@ -187,6 +186,29 @@ class TrainConfig(TrainOptions, TrainingArguments):
             return None
         return Quantization(4 if self.load_in_4bit else 8, tuple(self.quantized_parts))
 
+    def _check_trained(self) -> None:
+        """What is trained, and how it begins."""
+        plain = TrainOptions()
+        # rank and scale may stand in a YAML file that serves both
+        for name in LORA[3:] if self.finetuning == "full" else ("freeze",):
+            if getattr(self, name) != getattr(plain, name):
+                other = "lora" if self.finetuning == "full" else "full"
+                raise InputError(f"{name} is for --finetuning {other}: leave it out")
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio >= 1:
+            raise InputError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}, needs a number from 1, such as 16")
+        if self.lora_pattern and self.lora_components != plain.lora_components:
+            raise InputError("lora_pattern takes the place of lora_components: leave one out")
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of frozen weights; trained ones are float32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is trained, and how: what a run that goes on must repeat."""
+        return {name: getattr(self, name) for name in RECIPE[self.finetuning]}
+
     @property
     def best_metric(self) -> str | None:
         """`metric_for_best_model` as `latexocr.metrics` names it."""
@@ -221,6 +243,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
 
     def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
         """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""
+        if self.fused_lora and self.use_dora:
+            raise InputError("fused_lora computes no DoRA: leave one out")
         if self.fused_lora and on_gpu and not (self.bf16 and runs_kernels(self.lora_r)):
             raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
         if self.cuda_graphs and not (on_gpu and self.flatten and self.bf16 and self.no_random_state):
@@ -252,20 +276,23 @@ class TrainConfig(TrainOptions, TrainingArguments):
             value = os.fspath(value) if isinstance(value, os.PathLike) else value
             default = item.default if item.default is not MISSING else None
             plain = isinstance(value, bool | int | float | str | list | type(None))
-            if item.name in NEVER_SAVED or not (plain or (item.name.endswith("kwargs") and isinstance(value, dict))):
+            mapping = isinstance(value, dict) and (item.name in OUR_NAMES or item.name.endswith("kwargs"))
+            if item.name in NEVER_SAVED or not (plain or mapping):
                 continue
             if item.name in OUR_NAMES or value != getattr(default, "value", default):
                 kept[item.name] = value
         return kept
 
-    def recipe(self) -> dict[str, Any]:
-        """The options that made the weights what they are, for `latexocr.json` and the model card."""
+    @property
+    def notable(self) -> dict[str, Any]:
+        """Beside `recipe`, the options that made the weights what they are, for the model card."""
         defaults = {item.name: self._default(item) for item in fields(self)}
         options = {
             name: value
             for name, value in self.resolved().items()
-            if name in RECIPE or (value is not None and value != defaults[name] and not name.startswith(NOT_RECIPE))
+            if name in SHOWN or (value is not None and value != defaults[name] and not name.startswith(NOT_SHOWN))
         }
+        options = {name: value for name, value in options.items() if name not in self.recipe}
         if self.by_budget:
             del options["per_device_train_batch_size"]
         return options | ({"ranks": self.world_size} if self.world_size > 1 else {})

@@ -51,9 +51,9 @@ def test_an_adapter_and_what_is_merged_of_it(trained, tiny, records, tmp_path, c
     training = found.training
     assert training["train_json"] == f"{records['train'].parent.name}/train.json"  # no path of this machine
     assert (training["train_records"], training["val_records"], training["generated_records"]) == (24, 7, 2)
-    assert training["options"] == {
+    assert found.options == {
         "finetuning": "lora", "learning_rate": 1e-3, "per_device_train_batch_size": 2, "seed": 42, "max_steps": 1,
-        "gradient_accumulation_steps": 4, "bf16": False, "lora_r": 8, "lora_dropout": 0.0,
+        "gradient_accumulation_steps": 4, "lora_r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "lora_init": "default",
         "lora_components": ["language", "merger"],
     }  # fmt: skip
     assert found.scores["loss"] == trained.metrics["eval_loss"]
@@ -105,7 +105,7 @@ def test_a_whole_model_has_one_too(config, tiny):
     assert result.adapter_dir is None and result.trained_dir == result.model_dir
     found = inspect(result.model_dir)
     assert (found.kind, found.weight_type, found.base_model) == ("model", "bfloat16", str(tiny))
-    assert found.training["options"]["finetuning"] == "full"
+    assert found.options["finetuning"] == "full"
     text = (result.model_dir / "README.md").read_text(encoding="utf-8")
     assert "# " in text and "vllm serve DIR" in text and "## Scores" not in text  # nothing was validated
 
