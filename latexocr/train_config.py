@@ -32,7 +32,7 @@ NOT_SHOWN = (
     "run_name", "report_to", "disable_tqdm", "use_cpu", "remove_unused", "ddp_", "log_level", "max_new_tokens",
     "activation_checkpointing", "gradient_checkpointing", "push_to_hub", "trust_remote", "local_rank", "_n_gpu",
     "accelerator_config", "load_best", "metric_for", "flatten", "fused_", "cuda_graphs", "cache_vision", "debug",
-    "do_",
+    "do_", "allow_",
 )  # fmt: skip
 
 # Fields that say what is trained; a run that goes on repeats them.
