@@ -198,6 +198,7 @@ def load_base(
     dtype: torch.dtype,
     device: torch.device | str | None = None,
     quantization: Quantization | None = None,
+    whole: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The base model with its weights from safetensors, set to decode greedily.
@@ -207,6 +208,7 @@ def load_base(
         dtype: of the weights that are not rounded.
         device: where the weights go; rounded ones are read to where they stay (default: the GPU).
         quantization: how linear layers are rounded; a checkpoint that is stored like that needs none.
+        whole: weights that are stored in 4 or 8 bits become whole numbers, for merging.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
@@ -216,12 +218,14 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization:
         if stored:
-            raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave load_in_*bit out")
-        check_installed(f"load_in_{quantization.bits}bit")
+            raise InputError(
+                f"{folder}: its weights are stored rounded ({stored}) already; leave load_in_{quantization.bits}bit out"
+            )
+        check_installed(f"{folder} in {quantization.bits} bits", "--base-bits 16")
         targets = family_in(folder).target_regex(list(quantization.parts))
         options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
     elif stored == PACKAGE:
-        check_installed(f"{folder}, stored in 4 or 8 bits,")
+        check_installed(f"{folder}, stored in 4 or 8 bits,", "take the whole checkpoint")
     if quantization or stored:
         options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
     try:
@@ -237,8 +241,19 @@ def load_base(
     model = _with_fast_patches(model)
     if "device_map" in options:  # the weights are where they belong
         settle(model, dtype)
-        return model
+        return _dequantized(model, dtype) if whole and stored else model
     return model if device is None else model.to(device)
+
+
+def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    model = model.dequantize(dtype)
+    # transformers (5.23) would try to undo when saving what it did when loading, and cannot
+    model._weight_conversions = [
+        step
+        for step in model._weight_conversions
+        if not any(type(operation).__name__.startswith("Bnb") for operation in getattr(step, "operations", []))
+    ]
+    return model
 
 
 def stored_quantization(folder: Path) -> str | None:
