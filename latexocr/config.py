@@ -86,6 +86,10 @@ class TrainOptions:
         [], "words, or files of one a line, that become tokens with embeddings of their own"
     )
 
+    load_in_4bit: bool = option(False, "QLoRA: the frozen base in 4 bits (NF4, double quantisation; bitsandbytes)")
+    load_in_8bit: bool = option(False, "the frozen base in 8 bits (LLM.int8; bitsandbytes)")
+    quantized_parts: list[str] = option(["language"], "what 4 or 8 bits hold: language, vision, merger")
+
     # against memorising
     token_corruption: float = option(0.0, "share of answer tokens that the decoder is shown wrong in training")
     augment: str | None = option(None, "style in which each training picture is varied anew in every epoch")

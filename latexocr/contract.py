@@ -18,6 +18,7 @@ from typing import Any
 from latexocr import __version__
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
+from latexocr.quantization import Quantization
 
 FILE_NAME = "latexocr.json"
 FORMAT = 1
@@ -42,6 +43,7 @@ class Contract:
         image_policy: how pictures were prepared.
         end_token: what ends an answer.
         hub: where `base_model` comes from when it is a hub id.
+        quantization: how the base was rounded in training; None where it was not, or is stored like that.
         confidence_exponent: power of a whole answer's probability that makes it honest; 1 where too few validation
             answers were there to fit it on.
         min_confidence: answers below it are probably wrong (`latexocr.metrics.calibration`); None where too few
@@ -57,6 +59,7 @@ class Contract:
     image_policy: ImagePolicy
     end_token: str
     hub: str = "modelscope"
+    quantization: Quantization | None = None
     confidence_exponent: float = 1.0
     min_confidence: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +84,11 @@ class Contract:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") > FORMAT:
                 raise InputError(f"{path}: written by a newer latexocr; upgrade this one")
-            return cls(**{**values, "image_policy": ImagePolicy(**values["image_policy"])})
+            values["image_policy"] = ImagePolicy(**values["image_policy"])
+            if values.get("quantization"):
+                rounded = values["quantization"]
+                values["quantization"] = Quantization(rounded["bits"], tuple(rounded["parts"]))
+            return cls(**values)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a latexocr contract ({error})") from error
 

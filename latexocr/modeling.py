@@ -24,6 +24,7 @@ from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError, nearest
 from latexocr.families import Family, family_of
 from latexocr.new_tokens import add_rows, train_rows
+from latexocr.quantization import PACKAGE, Quantization, check_installed, loading_options, settle
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
@@ -198,29 +199,60 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    quantization: Quantization | None = None,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The base model with its weights from safetensors, set to decode greedily.
 
+    Args:
+        folder: of the checkpoint.
+        dtype: of the weights that are not rounded.
+        device: where the weights go; rounded ones are read to where they stay (default: the GPU).
+        quantization: how linear layers are rounded; a checkpoint that is stored like that needs none.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
     Raises:
-        InputError: weights are missing from the files or do not fit the configuration.
+        InputError: weights are missing from the files or do not fit the configuration, or cannot be rounded here.
     """
+    stored = stored_quantization(folder)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization:
+        if stored:
+            raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave load_in_*bit out")
+        check_installed(f"load_in_{quantization.bits}bit")
+        targets = family_in(folder).target_regex(list(quantization.parts))
+        options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
+    elif stored == PACKAGE:
+        check_installed(f"{folder}, stored in 4 or 8 bits,")
+    if quantization or stored:
+        options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
     try:
         with no_progress_bars():
             model, info = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
+                folder, use_safetensors=True, output_loading_info=True, **options
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
         raise InputError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} weights are missing from the files, first {missing[0]}")
     model = _with_fast_patches(model)
+    if "device_map" in options:  # the weights are where they belong
+        settle(model, dtype)
+        return model
     return model if device is None else model.to(device)
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """The method by which the weights in `folder` are stored rounded, such as bitsandbytes; None for whole ones."""
+    return (read_config(folder).get("quantization_config") or {}).get("quant_method")
+
+
+def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The modules of a checkpoint, without memory for their weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def fresh_base(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:

@@ -67,6 +67,7 @@ def check_same_run(checkpoint: Path, contract: Contract) -> None:
         "base model": (saved.base_fingerprint, contract.base_fingerprint),
         "prompt": (saved.prompt, contract.prompt),
         "image options": (saved.image_policy, contract.image_policy),
+        "load_in_4bit, load_in_8bit or quantized_parts": (saved.quantization, contract.quantization),
     }
     before, now = (found.training.get("recipe", {}) for found in (saved, contract))
     pairs |= {name: (before.get(name), now.get(name)) for name in before | now}

@@ -32,7 +32,7 @@ from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.families import Family
 from latexocr.images import ImagePolicy
-from latexocr.initialisation import pissa
+from latexocr.initialisation import loftq, pissa
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
@@ -49,6 +49,7 @@ from latexocr.modeling import (
 from latexocr.new_tokens import add_tokens, make_room, read_words, token_indices, train_rows
 from latexocr.optimizers import learning_rates
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
+from latexocr.quantization import num_weights
 from latexocr.records import read_records
 from latexocr.run_folder import (
     TRAINER_STATE,
@@ -214,6 +215,7 @@ def load_model(
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
+        quantization=config.quantization,
         base_fingerprint=(config_fingerprint if config.init_from_config else fingerprint)(data.base_folder),
         model_type=family.model_types[0],
         prompt=config.prompt,
@@ -243,7 +245,13 @@ def load_model(
 def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:
     dtype = config.frozen_dtype
     with _kernels_compiled(config, dtype):
-        base = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        base = load_base(
+            data.base_folder,
+            dtype=dtype,
+            device=config.device if config.quantization else None,
+            quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
+        )
         pieces = data.preprocessor.new_tokens
         make_room(base, pieces)
         model = add_lora(
@@ -261,6 +269,8 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
     train_rows(model)
     if config.lora_init == "pissa":
         model.pissa_start = pissa(model, checkpoint, config.device)
+    elif config.lora_init == "loftq":
+        loftq(model, load_base(data.base_folder, dtype=dtype), config.device)
     return model
 
 
@@ -328,8 +338,7 @@ def announce(
 ) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
     config, dataset = trainer.args, trainer.train_dataset
-    # ZeRO-3 has sharded the weights already: their own size is 0, ds_numel the whole one
-    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainer.model.parameters())
+    total = sum(num_weights(parameter) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     rates = learning_rates(trainer.model, dataset.preprocessor.family, config)
@@ -381,7 +390,8 @@ def _arithmetic(config: TrainConfig) -> str:
     weights = "random weights, " if config.init_from_config else ""
     name = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
     master = ", weights in float32" if name != "float32" and config.finetuning == "full" else ""
-    return f"{weights}{name}{master}"
+    rounded = f", {config.quantization}" if config.quantization else ""
+    return f"{weights}{name}{master}{rounded}"
 
 
 def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:

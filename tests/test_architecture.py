@@ -11,7 +11,7 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {"sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers"},
+    {"sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers", "quantization"},
     {"pictures", "likeness", "sources", "config", "console", "stopping"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar"},
