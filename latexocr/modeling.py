@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import json
 import logging
 import re
@@ -20,8 +21,9 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor,
 from transformers.utils import logging as transformers_logging
 
 from latexocr.contract import Contract, fingerprint, write_text
-from latexocr.errors import InputError
+from latexocr.errors import InputError, nearest
 from latexocr.families import Family, family_of
+from latexocr.new_tokens import add_rows, train_rows
 from latexocr.quantization import PACKAGE, Quantization, check_installed, loading_options, settle
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -327,9 +329,27 @@ def inner_model(model: Any) -> Any:
 
 
 def add_lora(
-    model: PreTrainedModel, family: Family, *, components: list[str], r: int, alpha: int, dropout: float
+    model: PreTrainedModel,
+    family: Family,
+    *,
+    components: list[str],
+    r: int,
+    alpha: int,
+    dropout: float,
+    pattern: str | None = None,
+    **variant: Any,
 ) -> PeftModel:
     """Wrap `model` with fresh LoRA adapters on the linear layers of the named components.
+
+    Args:
+        model: the base.
+        family: tells what the components are.
+        components: parts, kinds, or parts of parts; see `Family.targets`.
+        r: rank.
+        alpha: scale.
+        dropout: before the adapter.
+        pattern: in place of the components, a regular expression over whole paths of layers.
+        variant: further fields of `peft.LoraConfig`.
 
     Raises:
         InputError: an unknown component, or one in which nothing matches.
@@ -338,30 +358,81 @@ def add_lora(
         raise InputError(
             f"lora_r {r}, lora_alpha {alpha}, lora_dropout {dropout}: needs r >= 1, alpha > 0, 0 <= dropout < 1"
         )
+    if pattern is not None:
+        _check_pattern(model, family, pattern)
+    for component in [] if pattern else components:
+        regex = re.compile(family.target_regex([component]))
+        if not any(regex.fullmatch(f".{name}") for name, _ in model.named_modules()):
+            raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=family.target_regex(components),
+        target_modules=pattern or family.target_regex(components),
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
+        **variant,
     )
-    for component in components:
-        regex = re.compile(family.target_regex([component]))
-        if not any(regex.fullmatch(f".{name}") for name, _ in model.named_modules()):
-            raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
     return get_peft_model(model, config)
+
+
+def _check_pattern(model: PreTrainedModel, family: Family, pattern: str) -> None:
+    modules = dict(model.named_modules())
+    matches = _expression(pattern, "lora_pattern").fullmatch
+    found = [name for name in modules if matches(name)]
+    for name in found:
+        if not isinstance(modules[name], torch.nn.Linear):
+            raise InputError(f"lora_pattern {pattern!r} also matches {name or 'the whole model'}, no linear layer")
+    if not found:
+        linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+        shapes = dict.fromkeys(re.sub(r"\b\d+\b", r"\\d+", name) for name in linear)
+        raise InputError(
+            f"lora_pattern {pattern!r} matches no layer of {family.name}"
+            f"{nearest(pattern, shapes, cutoff=0.4) or f'; layers are called like {linear[0]}'}"
+        )
+
+
+def freeze(model: PreTrainedModel, family: Family, patterns: list[str]) -> None:
+    """Train all of `model` but what a pattern names: frozen parts of a model are not differentiated.
+
+    Args:
+        model: as loaded.
+        family: tells the parts.
+        patterns: parts (`Family.parts`), or regular expressions found in the parameters' names.
+
+    Raises:
+        InputError: a pattern that matches nothing, or nothing is left.
+    """
+    model.requires_grad_(True)
+    names = dict(model.named_parameters())
+    for pattern in patterns:
+        is_part, search = pattern in family.parts, _expression(pattern, "freeze").search
+        found = [name for name in names if (family.part_of(name) == pattern if is_part else search(name))]
+        if not found:
+            words = dict.fromkeys(word for name in names for word in name.split(".") if not word.isdigit())
+            known = [*family.parts, *words]
+            raise InputError(f"freeze: {pattern!r} matches no parameter of {family.name}{nearest(pattern, known)}")
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise InputError(f"freeze: {' '.join(patterns)} leave nothing to train")
+
+
+def _expression(pattern: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{option}: {pattern!r} is no regular expression ({error})") from error
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Where the trainable parameters sit: part of the model -> (number of parameters, number of modules)."""
+    family = family_of(inner_model(model).config.model_type)
     parameters: Counter[str] = Counter()
     modules: dict[str, set[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "vision" if ".visual." in name else "language" if ".language_model." in name else "other"
-            if ".visual." in name and "merger" in name:
-                part = "merger"
+            part = family.part_of(name)
             parameters[part] += parameter.numel()
             modules.setdefault(part, set()).add(name.split(".lora_")[0])
     return {part: (count, len(modules[part])) for part, count in parameters.items()}
@@ -381,6 +452,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
             f"{adapter}: trained on another base model ({contract.base_model}, {contract.model_type}), "
             f"given {base_folder} ({read_config(base_folder).get('model_type')})"
         )
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    new_tokens = itertools.chain.from_iterable((config.get("trainable_token_indices") or {}).values())
+    add_rows(model, max(new_tokens, default=-1) + 1)
     try:
         peft_model = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
@@ -391,6 +465,7 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
     if saved != expected:
         first = sorted(saved ^ expected)[0]
         raise InputError(f"{adapter}: {len(saved ^ expected)} tensors do not fit {base_folder}, first {first}")
+    train_rows(peft_model)
     return peft_model
 
 

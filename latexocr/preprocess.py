@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
@@ -81,12 +81,14 @@ class Preprocessor:
         family: facts about the model family.
         policy: how a picture becomes a canvas of whole cells.
         prompt: the instruction beside the picture.
+        new_tokens: tokens that this training adds -> the ones that each was made of until now.
     """
 
     processor: Any
     family: Family
     policy: ImagePolicy
     prompt: str
+    new_tokens: dict[int, list[int]] = field(default_factory=dict)
 
     def __call__(self, record: Record) -> dict[str, torch.Tensor]:
         """One training sample.

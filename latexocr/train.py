@@ -30,11 +30,14 @@ from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
+from latexocr.families import Family
 from latexocr.images import ImagePolicy
+from latexocr.initialisation import loftq, pissa
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
     family_in,
+    freeze,
     fresh_base,
     greedy_config,
     inner_model,
@@ -43,6 +46,8 @@ from latexocr.modeling import (
     resolve_checkpoint,
     trainable_parameters,
 )
+from latexocr.new_tokens import add_tokens, make_room, read_words, token_indices, train_rows
+from latexocr.optimizers import learning_rates
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
 from latexocr.quantization import num_weights
 from latexocr.records import read_records
@@ -125,9 +130,7 @@ def train(config: TrainConfig) -> TrainResult:
     data = load_data(config)
     checkpoint = checkpoint_to_resume(config)
     output_dir = check_output_dir(config, checkpoint)
-    model, contract = load_model(config, data)
-    if checkpoint:
-        check_same_run(checkpoint, contract, model)
+    model, contract = load_model(config, data, checkpoint)
     training, validation = data.training, data.validation
     with _tracked(config, output_dir, checkpoint) as tracker, StopSignal() as stop:
         trainer = build_trainer(
@@ -195,14 +198,20 @@ def load_data(config: TrainConfig) -> Data:
     return Data(base_folder, preprocessor, training, validation, batches)
 
 
-def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedModel, Contract]:
-    """The base with a fresh adapter or ready to be trained as a whole, and the contract of all its checkpoints."""
+def load_model(
+    config: TrainConfig, data: Data, checkpoint: Path | None = None
+) -> tuple[PeftModel | PreTrainedModel, Contract]:
+    """The base with a fresh adapter or ready to be trained as a whole, and the contract of all its checkpoints.
+
+    Args:
+        config: says what is trained.
+        data: tells the base's folder and family.
+        checkpoint: of the run that is to go on.
+
+    Raises:
+        InputError: what is to be trained, frozen or learnt at another rate is not there, or the run was another one.
+    """
     family = data.preprocessor.family
-    set_seed(config.seed)
-    load = _load_with_lora if config.finetuning == "lora" else _load_whole
-    model = load(config, data)
-    inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
-    inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
@@ -212,36 +221,68 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedM
         prompt=config.prompt,
         image_policy=data.preprocessor.policy,
         end_token=family.end_token,
-        training={"train_records": len(data.training.records), "dropped": len(data.training.dropped)},
+        training={
+            "train_records": len(data.training.records),
+            "dropped": len(data.training.dropped),
+            "recipe": config.recipe,
+        },
     )
+    if checkpoint:
+        check_same_run(checkpoint, contract)
+    set_seed(config.seed)
+    model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
+    parts = trainable_parameters(model)
+    if config.cache_vision_features and {"vision", "merger"} & set(parts):
+        raise InputError(
+            f"cache_vision_features needs a frozen vision tower and merger, but this trains {', '.join(parts)}"
+        )
+    learning_rates(model, family, config)
+    inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
+    inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     return model, contract
 
 
-def _load_with_lora(config: TrainConfig, data: Data) -> PeftModel:
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:
+    dtype = config.frozen_dtype
     with _kernels_compiled(config, dtype):
-        return add_lora(
-            load_base(
-                data.base_folder,
-                dtype=dtype,
-                device=config.device if config.quantization else None,
-                quantization=config.quantization,
-                trust_remote_code=config.trust_remote_code,
-            ),
+        base = load_base(
+            data.base_folder,
+            dtype=dtype,
+            device=config.device if config.quantization else None,
+            quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
+        )
+        pieces = data.preprocessor.new_tokens
+        make_room(base, pieces)
+        model = add_lora(
+            base,
             data.preprocessor.family,
             components=config.lora_components,
+            pattern=config.lora_pattern,
             r=config.lora_r,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            trainable_token_indices=token_indices(base, pieces) if pieces else None,
         )
+    train_rows(model)
+    if config.lora_init == "pissa":
+        model.pissa_start = pissa(model, checkpoint, config.device)
+    elif config.lora_init == "loftq":
+        loftq(model, load_base(data.base_folder, dtype=dtype), config.device)
+    return model
 
 
 def _load_whole(config: TrainConfig, data: Data) -> PreTrainedModel:
     """In float32: steps are smaller than what bfloat16 can tell apart; autocast computes with rounded copies."""
     if config.init_from_config:
-        return fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
-    model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
-    return model.requires_grad_(True)
+        model = fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
+    else:
+        model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    make_room(model, data.preprocessor.new_tokens)
+    freeze(model, data.preprocessor.family, config.freeze)
+    return model
 
 
 def _kernels_compiled(config: TrainConfig, dtype: torch.dtype) -> AbstractContextManager:
@@ -300,6 +341,7 @@ def announce(
     total = sum(num_weights(parameter) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
+    rates = learning_rates(trainer.model, dataset.preprocessor.family, config)
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
     batch, steps_an_epoch, steps = count_steps(config, len(training.records), trainer.batches)
     if trainer.batches is None:
@@ -315,6 +357,8 @@ def announce(
         f"train       {len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
         f"tokens a record: {_statistics(training)}",
     ]
+    if set(rates.values()) != {config.learning_rate}:
+        lines.append(f"rates       {', '.join(_shown_rates(rates, dataset.preprocessor.family))}")
     if validation:
         generated = min(len(validation.records), config.eval_generate_samples)
         lines.append(
@@ -334,11 +378,20 @@ def announce(
     return "\n".join(lines)
 
 
+def _shown_rates(rates: dict[str, float], family: Family) -> list[str]:
+    """The peak learning rates of each part, such as `vision 1e-05` or `language 0.0001 and 0.0016`."""
+    parts: dict[str, set[float]] = {}
+    for name, rate in rates.items():
+        parts.setdefault(family.part_of(name), set()).add(rate)
+    return [f"{part} {' and '.join(f'{rate:.4g}' for rate in sorted(found))}" for part, found in parts.items()]
+
+
 def _arithmetic(config: TrainConfig) -> str:
     weights = "random weights, " if config.init_from_config else ""
-    master = ", weights in float32" if config.bf16 and config.finetuning == "full" else ""
+    name = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    master = ", weights in float32" if name != "float32" and config.finetuning == "full" else ""
     rounded = f", {config.quantization}" if config.quantization else ""
-    return f"{weights}{'bfloat16' if config.bf16 else 'float32'}{master}{rounded}"
+    return f"{weights}{name}{master}{rounded}"
 
 
 def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:
@@ -381,7 +434,8 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
         setattr(config, option, getattr(policy, field))
     if config.prompt is None:
         config.prompt = known.prompt if known else PROMPT
-    return base_folder, Preprocessor(processor, family, policy, config.prompt)
+    pieces = add_tokens(processor.tokenizer, read_words(config.new_tokens))
+    return base_folder, Preprocessor(processor, family, policy, config.prompt, pieces)
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:

@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 
 from latexocr.errors import InputError, nearest
+
+PARTS = {
+    "new_tokens": r"\.trainable_tokens_",  # peft's
+    "embeddings": r"\.embed_tokens\.|\blm_head\.",
+    "merger": r"\.visual\.(?:merger|deepstack_merger_list)\.",
+    "vision": r"\.visual\.",
+    "language": r"\.language_model\.",
+}
 
 
 @dataclass(frozen=True)
@@ -18,6 +27,7 @@ class Family:
         lora_targets: "part.kind" -> regular expression over full module paths. Full paths, because short names
             collide: a `gate_proj` is in Qwen2.5-VL's language model and in its vision tower. A key without a kind
             is selected by its own name alone.
+        parts: part -> regular expression found in the names of its parameters; the first that is found counts.
         padded: per-token inputs that the tokenizer does not pad, with their padding value.
         concatenated: per-image inputs, joined along their first dimension; those that a batch has.
         deepstack: the vision tower also gives features of its middle layers to the first decoder layers.
@@ -28,10 +38,19 @@ class Family:
     model_types: tuple[str, ...]
     end_token: str = "<|im_end|>"
     lora_targets: dict[str, str] = field(default_factory=dict)
+    parts: dict[str, str] = field(default_factory=lambda: PARTS)
     padded: tuple[tuple[str, int], ...] = (("mm_token_type_ids", 0),)
     concatenated: tuple[str, ...] = ("pixel_values", "image_features", "image_grid_thw")
     deepstack: bool = False
     grid_free: bool = False
+
+    def part_of(self, parameter: str) -> str:
+        """The part of the model that a parameter with this name belongs to.
+
+        >>> family_of("qwen2_vl").part_of("model.visual.merger.mlp.0.weight")
+        'merger'
+        """
+        return next((part for part, regex in self.parts.items() if re.search(regex, parameter)), "other")
 
     def targets(self, components: list[str]) -> dict[str, list[str]]:
         """The keys of `lora_targets` that each component selects: a part, a kind, or part.kind.
