@@ -47,13 +47,13 @@ class Quantization:
         return f"{self.bits}-bit {', '.join(self.parts)}"
 
 
-def check_installed(what: str) -> None:
+def check_installed(what: str, otherwise: str = "leave it out") -> None:
     """
     Raises:
         InputError: `what` was asked for and bitsandbytes is not there.
     """
     if importlib.util.find_spec(PACKAGE) is None:
-        raise InputError(f"{what} needs {PACKAGE}, which is not installed: {INSTALL}; or leave it out")
+        raise InputError(f"{what} needs {PACKAGE}, which is not installed: {INSTALL}; or {otherwise}")
 
 
 def loading_options(

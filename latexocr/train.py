@@ -33,7 +33,7 @@ from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.families import Family
 from latexocr.images import ImagePolicy
-from latexocr.initialisation import pissa
+from latexocr.initialisation import loftq, pissa
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
@@ -235,6 +235,8 @@ def load_model(
         check_same_run(checkpoint, contract)
     set_seed(config.seed)
     model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
+    if config.router_aux_loss_coef is not None:
+        ask_for_router_loss(inner_model(model).config, family, config.router_aux_loss_coef)
     parts = trainable_parameters(model)
     if config.cache_vision_features and {"vision", "merger"} & set(parts):
         raise InputError(
@@ -269,6 +271,18 @@ def _short(path: str) -> str:
     return "/".join(Path(path).parts[-2:])
 
 
+def ask_for_router_loss(config: Any, family: Family, weight: float) -> None:
+    """Let a mixture of experts give its router loss, see `latexocr.loss`.
+
+    Raises:
+        InputError: the family has no experts, or a negative weight.
+    """
+    if not family.routed or weight < 0:
+        raise InputError(f"router_aux_loss_coef {weight}: needs a mixture of experts and 0 or more ({family.name})")
+    text = config.get_text_config()
+    text.output_router_logits, text.router_aux_loss_coef = weight > 0, weight
+
+
 def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:
     dtype = config.frozen_dtype
     with _kernels_compiled(config, dtype):
@@ -296,6 +310,8 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
     train_rows(model)
     if config.lora_init == "pissa":
         model.pissa_start = pissa(model, checkpoint, config.device)
+    elif config.lora_init == "loftq":
+        loftq(model, load_base(data.base_folder, dtype=dtype), config.device)
     return model
 
 
@@ -330,10 +346,8 @@ def build_trainer(
 ) -> FormulaTrainer:
     """The trainer over `data`, ready to train; nothing is written yet."""
     processor, family = data.preprocessor.processor, data.preprocessor.family
-    if config.cuda_graphs and not (family.grid_free or (config.cache_vision_features and not family.deepstack)):
-        logger.info(
-            f"steps are not captured as CUDA graphs: the vision tower of {family.name} asks the host for sizes"
-        )
+    if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
+        logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
     padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
     return FormulaTrainer(
@@ -356,6 +370,20 @@ def build_trainer(
         processing_class=processor,
         callbacks=list(callbacks),
     )
+
+
+def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
+    """Why a step asks the GPU for sizes, so that no graph of it can be captured; None where it does not.
+
+    Args:
+        family: of the model.
+        cached: features come in the place of pixels.
+    """
+    if family.routed:
+        return f"the experts of {family.name} get tokens by content"
+    if not (family.grid_free or (cached and not family.deepstack)):
+        return f"the vision tower of {family.name} asks the host for sizes"
+    return None
 
 
 def announce(

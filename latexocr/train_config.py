@@ -79,6 +79,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if not on_gpu:
             self.dataloader_pin_memory = False  # it only warns there
         self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
+        self._check_precision(on_gpu)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter takes part in every step
         if self.bf16 is None:
@@ -95,11 +96,12 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.fused_layers is None:
             self.fused_layers = on_gpu and kernels_available()
         if self.fused_loss is None:
-            self.fused_loss = not sharded and self.finetuning == "lora"  # a trained head needs a gradient
+            # a trained head needs a gradient; in float16 gradients vanish before they are scaled
+            self.fused_loss = not sharded and self.finetuning == "lora" and not self.fp16
         if self.fused_lora is None:
             self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
-            self.fused_lora = self.fused_lora and self.finetuning == "lora" and not self.load_in_8bit
-            self.fused_lora = self.fused_lora and not self.use_dora
+            plain = self.finetuning == "lora" and not (self.use_dora or self.load_in_8bit)
+            self.fused_lora = self.fused_lora and plain
             if self.use_dora and on_gpu:
                 logger.info("DoRA trains without the fused kernels for adapters and without CUDA graphs")
         if self.cuda_graphs is None:
@@ -168,6 +170,41 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
 
+    def _check_precision(self, on_gpu: bool) -> None:
+        if self.fp16 and self.bf16:
+            raise InputError("bf16 and fp16 exclude each other: leave fp16 out, bfloat16 needs no scaling")
+        if self.fp16 and not on_gpu:
+            raise InputError("fp16 needs a GPU; a CPU computes in float32, or with --bf16 true")
+        if self.fp16 and self.fused_loss:
+            raise InputError("fused_loss would lose small gradients in fp16: leave it out, or take --bf16 true")
+
+    def _check_trained(self) -> None:
+        """What is trained, and how it begins."""
+        plain = TrainOptions()
+        # rank and scale may stand in a YAML file that serves both
+        for name in LORA[3:] if self.finetuning == "full" else ("freeze",):
+            if getattr(self, name) != getattr(plain, name):
+                other = "lora" if self.finetuning == "full" else "full"
+                raise InputError(f"{name} is for --finetuning {other}: leave it out")
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio >= 1:
+            raise InputError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}, needs a number from 1, such as 16")
+        if self.lora_init == "loftq" and not self.load_in_4bit:
+            raise InputError("lora_init loftq begins with what 4 bits lose: add --load_in_4bit true")
+        if self.lora_init == "pissa" and self.quantization:
+            raise InputError("lora_init pissa changes weights, which rounded ones cannot: take --lora_init loftq")
+        if self.lora_pattern and self.lora_components != plain.lora_components:
+            raise InputError("lora_pattern takes the place of lora_components: leave one out")
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of frozen weights; trained ones are float32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is trained, and how: what a run that goes on must repeat."""
+        return {name: getattr(self, name) for name in RECIPE[self.finetuning]}
+
     def _check_quantization(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit exclude each other: leave one out")
@@ -185,29 +222,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if not (self.load_in_4bit or self.load_in_8bit):
             return None
         return Quantization(4 if self.load_in_4bit else 8, tuple(self.quantized_parts))
-
-    def _check_trained(self) -> None:
-        """What is trained, and how it begins."""
-        plain = TrainOptions()
-        # rank and scale may stand in a YAML file that serves both
-        for name in LORA[3:] if self.finetuning == "full" else ("freeze",):
-            if getattr(self, name) != getattr(plain, name):
-                other = "lora" if self.finetuning == "full" else "full"
-                raise InputError(f"{name} is for --finetuning {other}: leave it out")
-        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio >= 1:
-            raise InputError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}, needs a number from 1, such as 16")
-        if self.lora_pattern and self.lora_components != plain.lora_components:
-            raise InputError("lora_pattern takes the place of lora_components: leave one out")
-
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """Of frozen weights; trained ones are float32."""
-        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
-
-    @property
-    def recipe(self) -> dict[str, Any]:
-        """What is trained, and how: what a run that goes on must repeat."""
-        return {name: getattr(self, name) for name in RECIPE[self.finetuning]}
 
     @property
     def best_metric(self) -> str | None:
