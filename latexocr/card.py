@@ -27,7 +27,7 @@ or `latexocr predict --model {place} formula.png`. Prompt, picture sizes and end
 ELSEWHERE = """\
 Other software must do the same as training did: the picture first, then exactly the prompt below, greedy decoding
 without a repetition penalty until `{end}`, and pictures of the sizes below."""
-MERGE_FIRST = "vLLM and llama.cpp need a whole model: `latexocr merge --adapter DIR --output MERGED` makes one."
+MERGE_FIRST = "For other programs (vLLM, llama.cpp) make a whole model: `latexocr merge --adapter DIR --output MERGED`."
 WHOLE = """\
 It is an ordinary transformers checkpoint: `AutoModelForImageTextToText.from_pretrained(DIR)`, or `vllm serve DIR`."""
 
