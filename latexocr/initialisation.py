@@ -44,6 +44,8 @@ def pissa(model: PeftModel, checkpoint: Path | None = None, device: torch.device
     Returns:
         A0 and B0 under the names of the adapter's file, on the CPU.
     """
+    if any(_is_rounded(layer) for _, layer in _lora_layers(model)):
+        raise InputError("lora_init pissa changes weights, which rounded ones cannot: take --lora_init loftq there")
     saved = load_file(checkpoint / ADAPTER_WEIGHTS) if checkpoint else None
     start: Tensors = {}
     for name, layer in _lora_layers(model):
@@ -61,19 +63,23 @@ def pissa(model: PeftModel, checkpoint: Path | None = None, device: torch.device
 
 @torch.no_grad()
 def loftq(model: PeftModel, exact: torch.nn.Module, device: torch.device | str = "cpu") -> None:
-    """Begin every adapter with what rounding its weight has lost.
+    """Begin every adapter on a rounded weight with what rounding has lost; others begin as usual.
 
     Args:
-        model: rounded base with fresh adapters.
+        model: with rounded weights and fresh adapters.
         exact: the base before rounding.
         device: where matrices are decomposed.
     """
-    modules = dict(exact.named_modules())
     for name, layer in _lora_layers(model):
-        weight = modules[name.removeprefix("base_model.model.")].weight
-        rounded = dequantize_module_weight(layer.get_base_layer())
-        lost = weight.to(device, torch.float32) - rounded.to(device, torch.float32)
-        _set(layer, *_decomposed(lost, layer.r[ADAPTER], layer.scaling[ADAPTER], name))
+        if _is_rounded(layer):
+            weight = exact.get_submodule(name.removeprefix("base_model.model.")).weight
+            rounded = dequantize_module_weight(layer.get_base_layer())
+            lost = weight.to(device, torch.float32) - rounded.to(device, torch.float32)
+            _set(layer, *_decomposed(lost, layer.r[ADAPTER], layer.scaling[ADAPTER], name))
+
+
+def _is_rounded(layer: LoraLayer) -> bool:
+    return not layer.get_base_layer().weight.is_floating_point()
 
 
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:

@@ -23,14 +23,14 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging as transformers_logging
 
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_ID, MODEL_CONFIG, read_json
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError, nearest
 from latexocr.families import Family, families, family_of
+from latexocr.images import ImagePolicy
 from latexocr.new_tokens import add_rows, train_rows
+from latexocr.quantization import PACKAGE, Quantization, check_installed, loading_options, settle
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 logger = logging.getLogger(__name__)
 
 
@@ -100,10 +100,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "; it holds an adapter: give it with --adapter" if (folder / ADAPTER_CONFIG).is_file() else ""
         raise InputError(f"{folder}: no config.json, so not a model checkpoint{hint}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: malformed JSON ({error})") from error
+    return read_json(path)
 
 
 def family_in(folder: Path) -> Family:
@@ -226,29 +223,75 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    quantization: Quantization | None = None,
+    whole: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The base model with its weights from safetensors, set to decode greedily.
 
+    Args:
+        folder: of the checkpoint.
+        dtype: of the weights that are not rounded.
+        device: where the weights go; rounded ones are read to where they stay (default: the GPU).
+        quantization: how linear layers are rounded; a checkpoint that is stored like that needs none.
+        whole: weights that are stored in 4 or 8 bits become whole numbers, for merging.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
     Raises:
-        InputError: weights are missing from the files or do not fit the configuration.
+        InputError: weights are missing from the files or do not fit the configuration, or cannot be rounded here.
     """
+    stored = stored_quantization(folder)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization:
+        if stored:
+            raise InputError(
+                f"{folder}: its weights are stored rounded ({stored}) already; leave load_in_{quantization.bits}bit out"
+            )
+        check_installed(f"{folder} in {quantization.bits} bits", "--base-bits 16")
+        targets = family_in(folder).target_regex(list(quantization.parts))
+        options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
+    elif stored == PACKAGE:
+        check_installed(f"{folder}, stored in 4 or 8 bits,", "take the whole checkpoint")
+    if quantization or stored:
+        options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
     try:
         with no_progress_bars():
             model, info = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
+                folder, use_safetensors=True, output_loading_info=True, **options
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
         raise InputError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} weights are missing from the files, first {missing[0]}")
     model = _with_fast_patches(model)
+    if "device_map" in options:  # the weights are where they belong
+        settle(model, dtype)
+        return _dequantized(model, dtype) if whole and stored else model
     return model if device is None else model.to(device)
+
+
+def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    model = model.dequantize(dtype)
+    # transformers (5.23) would try to undo when saving what it did when loading, and cannot
+    model._weight_conversions = [
+        step
+        for step in model._weight_conversions
+        if not any(type(operation).__name__.startswith("Bnb") for operation in getattr(step, "operations", []))
+    ]
+    return model
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """The method by which the weights in `folder` are stored rounded, such as bitsandbytes; None for whole ones."""
+    return (read_config(folder).get("quantization_config") or {}).get("quant_method")
+
+
+def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The modules of a checkpoint, without memory for their weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def fresh_base(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -290,6 +333,20 @@ def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, tor
     for part in parts:  # save_pretrained writes the type of the weights in memory
         part.update({"dtype": "bfloat16"} if "dtype" in part else {})
     write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def save_processor(processor: Any, folder: Path, policy: ImagePolicy) -> None:
+    """Beside a whole model: for vLLM and others that prepare pictures by the checkpoint's own settings.
+
+    Their minimum is then ours: by Qwen2-VL's, 56 x 56 pixels, a small formula would be six visual tokens. What mode
+    "fixed" does cannot be said there.
+    """
+    image_processor = processor.image_processor
+    if policy.mode == "fit" and "shortest_edge" in dict(image_processor.size):
+        edges = {"shortest_edge": policy.min_visual_tokens, "longest_edge": policy.max_visual_tokens}
+        sizes = {name: tokens * policy.cell**2 for name, tokens in edges.items()}
+        image_processor.size = type(image_processor.size)(**sizes)
+    processor.save_pretrained(folder)
 
 
 def greedy_config(processor: Any, family: Family) -> GenerationConfig:

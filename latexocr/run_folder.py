@@ -7,14 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+from latexocr.checkpoint import ADAPTER_WEIGHTS, MODEL_WEIGHTS, TRAINER_STATE
 from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.metrics_file import METRICS_FILE
-from latexocr.modeling import ADAPTER_WEIGHTS, MODEL_WEIGHTS
 from latexocr.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
-TRAINER_STATE = "trainer_state.json"
 LEFT_BEHIND = (METRICS_FILE, "adapter", "model", "validation", "evaluation")  # by a run, besides checkpoints
 
 
@@ -67,6 +66,7 @@ def check_same_run(checkpoint: Path, contract: Contract) -> None:
         "base model": (saved.base_fingerprint, contract.base_fingerprint),
         "prompt": (saved.prompt, contract.prompt),
         "image options": (saved.image_policy, contract.image_policy),
+        "load_in_4bit, load_in_8bit or quantized_parts": (saved.quantization, contract.quantization),
     }
     before, now = (found.training.get("recipe", {}) for found in (saved, contract))
     pairs |= {name: (before.get(name), now.get(name)) for name in before | now}

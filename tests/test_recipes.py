@@ -19,7 +19,7 @@ from latexocr.modeling import add_lora, family_in, load_adapter, load_base, load
 from latexocr.new_tokens import make_room, token_indices, train_rows
 from latexocr.optimizers import learning_rates, parameter_groups
 from latexocr.predict import LatexOCR
-from latexocr.train import train
+from latexocr.train import load_data, load_model, train
 from latexocr.trainer import FormulaTrainer
 
 VARIANTS = {
@@ -104,7 +104,7 @@ def test_a_rate_of_zero_trains_nothing_there(config, tiny, tmp_path):
                           learning_rate=1e-3, learning_rates={"embeddings": 0.0, "merger": 1e-4},
                           save_strategy="steps", save_steps=1))  # fmt: skip
     before = load_base(tiny, dtype=torch.float32).state_dict()
-    after = load_base(result.adapter_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
+    after = load_base(result.trained_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
     moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
     assert moved["model.language_model.embed_tokens.weight"] == 0
     assert moved["model.visual.merger.mlp.0.weight"] == pytest.approx(1e-4, rel=0.02)
@@ -128,7 +128,7 @@ def test_frozen_parts_are_not_differentiated(config, tmp_path, monkeypatch):
                      freeze=["vision", "embeddings", r"language_model\.layers\.0\."])  # fmt: skip
     result = train(options)
     before = load_base(Path(options.model_name_or_path), dtype=torch.float32).state_dict()
-    after = load_base(result.adapter_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
+    after = load_base(result.trained_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert seen and not any(seen)
     assert not any(".blocks." in name or "embed" in name or ".layers.0." in name for name in moved)
@@ -165,6 +165,10 @@ def test_layers_by_an_expression(tiny):
         ({"learning_rates": {"vision": 1e-5}}, r"learning_rates: vision is not trained here \(language\)"),
         ({"learning_rates": {"language": -1.0}}, "learning_rates: language is -1.0, needs a number from 0"),
         ({"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio is 0.5, needs a number from 1"),
+        ({"lora_init": "loftq"}, "lora_init loftq begins with what 4 bits lose: add --load_in_4bit true"),
+        ({"lora_init": "pissa", "load_in_4bit": True}, "lora_init pissa changes weights, .* --lora_init loftq"),
+        ({"fp16": True}, "fp16 needs a GPU"),
+        ({"fp16": True, "bf16": True}, "bf16 and fp16 exclude each other"),
         ({"use_dora": True, "fused_lora": True}, "fused_lora computes no DoRA"),
     ],
 )
@@ -269,5 +273,22 @@ def test_words_that_cannot_become_tokens(words, message, config):
 def test_new_tokens_in_full_training(config, tmp_path):
     """In a row of the whole model's own matrix."""
     result = train(config(finetuning="full", new_tokens=[r"\frac"], max_steps=1))
-    matrix = load_base(result.adapter_dir, dtype=torch.float32).get_input_embeddings().weight
-    assert len(matrix) == 519 and load_processor(result.adapter_dir).tokenizer.convert_tokens_to_ids(r"\frac") == 518
+    matrix = load_base(result.model_dir, dtype=torch.float32).get_input_embeddings().weight
+    assert len(matrix) == 519 and load_processor(result.model_dir).tokenizer.convert_tokens_to_ids(r"\frac") == 518
+
+
+@pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about CPUs
+def test_loftq_begins_nearer_to_the_unrounded_base(config, tmp_path):
+    """Rounding moves the logits, what the adapter begins with takes it back in part, and training goes on from there."""
+    pytest.importorskip("bitsandbytes")
+    example, found = {"input_ids": torch.tensor([[5, 6, 7, 8]])}, {}
+    for name in ("exact", "default", "loftq"):
+        options = {} if name == "exact" else {"load_in_4bit": True, "lora_init": name}
+        options = config(lora_r=32, lora_components=["language", "vision"], **options)
+        model, _ = load_model(options, load_data(options))
+        found[name] = model.eval()(**example).logits.detach()
+    assert (found["loftq"] - found["exact"]).norm() < 0.7 * (found["default"] - found["exact"]).norm()
+    b = [p for name, p in model.named_parameters() if ".visual." in name and ".lora_B." in name]
+    assert len(b) == 8 and not any(part.any() for part in b)  # the tower is not rounded: its adapters begin as usual
+    result = train(config(lora_init="loftq", load_in_4bit=True, max_steps=1))
+    assert LatexOCR.from_pretrained(adapter=result.adapter_dir, device="cpu").generate([SAMPLE / "images/000000.png"])
