@@ -6,8 +6,9 @@ FAMILY = Family(
     name="Qwen2.5-VL",
     model_types=("qwen2_5_vl",),
     lora_targets={
-        "language": LANGUAGE,
-        "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:gate|up|down)_proj)",
+        **LANGUAGE,
+        "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",
+        "vision.mlp": r".*\.visual\.blocks\.\d+\.mlp\.(?:gate|up|down)_proj",
         "merger": r".*\.visual\.merger\.mlp\.[02]",
     },
 )

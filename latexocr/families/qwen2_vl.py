@@ -7,8 +7,9 @@ FAMILY = Family(
     model_types=("qwen2_vl",),
     grid_free=True,
     lora_targets={
-        "language": LANGUAGE,
-        "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
+        **LANGUAGE,
+        "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",
+        "vision.mlp": r".*\.visual\.blocks\.\d+\.mlp\.fc[12]",
         "merger": r".*\.visual\.merger\.mlp\.[02]",
     },
 )
