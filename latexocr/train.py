@@ -231,10 +231,10 @@ def load_model(
         check_same_run(checkpoint, contract)
     set_seed(config.seed)
     model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
-    parts = trainable_parameters(model)
-    if config.cache_vision_features and {"vision", "merger"} & set(parts):
+    seeing = [part for part in trainable_parameters(model) if part in ("vision", "merger")]
+    if config.cache_vision_features and seeing:
         raise InputError(
-            f"cache_vision_features needs a frozen vision tower and merger, but this trains {', '.join(parts)}"
+            f"cache_vision_features needs frozen vision and merger, but this trains {' and '.join(seeing)}"
         )
     learning_rates(model, family, config)
     inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)

@@ -105,8 +105,8 @@ def test_two_ranks_stop_together(tiny, records, tmp_path):
 
 def test_two_ranks_equal_one_process_with_every_variant(tiny, records, config, tmp_path):
     """PiSSA, DoRA, LoRA+, new tokens and rates of parts, together."""
-    options = {"lora_init": "pissa", "use_dora": True, "loraplus_lr_ratio": 4, "new_tokens": [r"\frac"], "max_steps": 3,
-               "gradient_accumulation_steps": 1, "lora_components": ["attention", "merger"],
+    options = {"lora_init": "pissa", "use_dora": True, "loraplus_lr_ratio": 4, "new_tokens": [r"\frac"],
+               "max_steps": 3, "gradient_accumulation_steps": 1, "lora_components": ["attention", "merger"],
                "learning_rates": {"new_tokens": 1e-2, "merger": 1e-4}}  # fmt: skip
     train(config(per_device_train_batch_size=10, lora_r=64, output_dir=str(tmp_path / "one"), **options))
     (tmp_path / "options.yaml").write_text(yaml.safe_dump({**options, "eval_strategy": "no"}))
