@@ -189,7 +189,7 @@ def test_two_ranks(tiny_models, records, tmp_path):
 import sys
 from latexocr.train import TrainConfig, train
 
-for kind, folder in {({kind: str(folder) for kind, folder in tiny_models.items()})!r}.items():
+for kind, folder in { ({kind: str(folder) for kind, folder in tiny_models.items()})!r}.items():
     ernie = {{"router_aux_loss_coef": 1.0}} if kind == {ERNIE!r} else {{}}
     train(TrainConfig(
         model_name_or_path=folder, train_json={str(records["train"])!r}, output_dir=f"{{sys.argv[1]}}/{{kind}}",
@@ -200,7 +200,10 @@ for kind, folder in {({kind: str(folder) for kind, folder in tiny_models.items()
     ))
 """)
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for launcher, name, batch in (([], "one", "4"), (["-m", "torch.distributed.run", "--nproc_per_node", "2"], "two", "2")):
+    for launcher, name, batch in (
+        ([], "one", "4"),
+        (["-m", "torch.distributed.run", "--nproc_per_node", "2"], "two", "2"),
+    ):
         command = [sys.executable, *launcher, str(script), str(tmp_path / name), batch]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
@@ -255,7 +258,10 @@ def test_image_tokens_go_to_the_image_experts(collator, tiny_models, batch_of):
 
 def test_adapters_on_stacked_experts(tiny_models, batch_of):
     """Named alone or beside others; two sparse layers, experts of text and images, two stacked parameters each."""
-    for components, expected in ((["experts"], {"experts": 8}), (["language", "experts"], {"language": 21, "experts": 8})):
+    for components, expected in (
+        (["experts"], {"experts": 8}),
+        (["language", "experts"], {"language": 21, "experts": 8}),
+    ):
         model = adapted(tiny_models[ERNIE], components)
         assert {part: layers for part, (_, layers) in trainable_parameters(model).items()} == expected
         batch = {key: value for key, value in batch_of(ERNIE).items() if key != "logits_to_keep"}
@@ -302,7 +308,9 @@ def test_router_loss_is_the_models_own(tiny_models, config, tmp_path, monkeypatc
     expected = 0.0
     for inputs, num_items in seen:
         share = int((inputs["labels"] != -100).sum()) / num_items
-        expected += share * stock(**{key: value for key, value in inputs.items() if key != "logits_to_keep"}).loss.item()
+        expected += (
+            share * stock(**{key: value for key, value in inputs.items() if key != "logits_to_keep"}).loss.item()
+        )
     assert len(seen) == 2 and losses == pytest.approx(dict.fromkeys(range(4), expected), rel=1e-5)
 
 
