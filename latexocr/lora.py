@@ -269,7 +269,7 @@ class FusedLoras:
         new = _layers_by_input(model)
         self._groups = [*fused, *(_groups_of()[type(layers[0])](layers) for layers in new)]
         sizes = [len(group.seeds) for group in self._groups]
-        self._seeds = torch.zeros(sum(sizes), dtype=torch.long, device=self._groups[0].seeds.device)
+        self._seeds = torch.zeros(sum(sizes), dtype=torch.long, device=next(model.parameters()).device)
         for group, seeds in zip(self._groups, self._seeds.split(sizes), strict=True):
             group.seeds = seeds
         for layers, group in zip(new, self._groups[len(fused) :], strict=True):
@@ -282,6 +282,8 @@ class FusedLoras:
     @torch.no_grad()
     def prepare(self) -> None:
         """Bring A and B as the optimiser left them to where the layers read them. Before every micro-batch."""
+        if not self._values:  # adapters on stacked experts alone
+            return
         if not takes(self._values[0]) or self._values[0].dtype != torch.float32:
             torch._foreach_copy_(self._places, self._values)
             return

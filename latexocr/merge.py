@@ -1,19 +1,22 @@
 """Stage 6: adapter -> stand-alone checkpoint, proven to answer as the adapter did.
 
-Merged in float32 (in bfloat16 the small LoRA update is partly rounded away), stored in the base model's type and
+Merged in float32 (in bfloat16 the small LoRA update is partly rounded away) into the whole weights of the base, also
+where the adapter was trained on weights in 4 bits (what that changes is reported), stored in the base model's type and
 under the hub's key names, then loaded again from disk and compared on pictures: the merged model must answer as base +
 adapter, the loaded one as the stored weights; what rounding costs is reported.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from latexocr.errors import InputError, MergeMismatch
+from latexocr.quantization import PACKAGE
 
 if TYPE_CHECKING:
     import torch
@@ -48,17 +51,21 @@ class MergeResult:
         merged: difference of log-probabilities, merged against base + adapter, both in float32.
         stored: the same for the checkpoint loaded back from disk, whose weights are rounded to `dtype`.
         dtype: type of the stored weights.
+        rounded_base: difference of base + adapter as trained (in 4 or 8 bits) against whole weights + adapter, which
+            is what is merged; None for an adapter that was trained on whole weights.
     """
 
     output: Path
     merged: Difference
     stored: Difference
     dtype: str
+    rounded_base: Difference | None = None
 
     def __str__(self) -> str:
+        rounded = f", {self.rounded_base} from the rounded base it was trained on" if self.rounded_base else ""
         return (
             f"{self.output}: merged, stored as {self.dtype}; log-probabilities differ from base + adapter by "
-            f"{self.merged} merged, {self.stored} loaded back"
+            f"{self.merged} merged, {self.stored} loaded back{rounded}"
         )
 
 
@@ -104,9 +111,14 @@ def merge(
     pictures = [load_image(path) for path in images] if images else check_pictures()
     options = {"device": device, "dtype": "float32", "hub": hub, "trust_remote_code": trust_remote_code}
 
-    ocr = LatexOCR.from_pretrained(base_folder, adapter=adapter, **options)
+    ocr = LatexOCR.from_pretrained(base_folder, adapter=adapter, base_bits=16, **options)
     answers = [answer.text for answer in ocr.generate(pictures, max_new_tokens=32)]
     expected = log_probabilities(ocr, pictures, answers)
+    rounded_base = None
+    if contract and contract.quantization and importlib.util.find_spec(PACKAGE):
+        trained = LatexOCR.from_pretrained(base_folder, adapter=adapter, **options)
+        rounded_base = difference(log_probabilities(trained, pictures, answers), expected)
+        del trained
     ocr.model = ocr.model.merge_and_unload()
     merged = difference(expected, log_probabilities(ocr, pictures, answers))
     if merged.mean > EXACT_TOLERANCE:
@@ -123,7 +135,8 @@ def merge(
             ocr.model.save_pretrained(output, save_original_format=True)
         ocr.preprocessor.processor.save_pretrained(output)
         if ocr.contract:
-            ocr.contract.save(output)  # it keeps saying which base and which training this came from
+            # it keeps saying which base and which training this came from; the weights are whole ones
+            replace(ocr.contract, quantization=None).save(output)
         _cast_parameters(ocr.model, torch.float32)
         rounded = log_probabilities(ocr, pictures, answers)
         ocr.model = None  # two copies in float32 need not be in memory together
@@ -136,7 +149,7 @@ def merge(
         raise
     if stored.mean > NOTABLE_ROUNDING:
         logger.warning(f"rounding to {stored_dtype} moved log-probabilities by {stored}; --dtype float32 avoids it")
-    return MergeResult(output, merged, stored, stored_dtype)
+    return MergeResult(output, merged, stored, stored_dtype, rounded_base)
 
 
 def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -163,7 +163,7 @@ class Preprocessor:
         return {
             "input_ids": input_ids,
             "attention_mask": np.ones_like(input_ids),
-            "mm_token_type_ids": (input_ids == self.processor.image_token_id).astype(np.int64),
+            **{key: np.isin(input_ids, ids).astype(np.int64) for key, ids in self._image_ids.items()},
         }
 
     def answers(self, texts: Sequence[str], wheres: Sequence[str | None]) -> list[list[int]]:
@@ -237,11 +237,12 @@ class Preprocessor:
     def _rendering_error(self, text: str) -> str | None:
         conversation = [*self._messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
         whole = self.processor.apply_chat_template(conversation, tokenize=False)
-        if whole.startswith(self._prompt_text + text + self.family.end_token):
+        prompt = self._prompt_text.removesuffix(self.family.empty_reasoning)
+        if whole.startswith(prompt + text + self.family.end_token):
             return None
         return (
             "the chat template changes the answer or does not start with the prompt; "
-            f"it rendered {whole[len(self._prompt_text) :][:80]!r} for {text[:80]!r}"
+            f"it rendered {whole[len(prompt) :][:80]!r} for {text[:80]!r}"
         )
 
     @cached_property
@@ -266,6 +267,13 @@ class Preprocessor:
     def _special_ids(self) -> frozenset[int]:
         tokens = self.processor.tokenizer.added_tokens_decoder
         return frozenset(index for index, token in tokens.items() if token.special)
+
+    @cached_property
+    def _image_ids(self) -> dict[str, list[int]]:
+        """Key of a batch -> ids of the tokens that are of type 1 (image) in it."""
+        image, tokenizer = self.processor.image_token_id, self.processor.tokenizer
+        framed = [image, *tokenizer.convert_tokens_to_ids(list(self.family.framing_tokens))]
+        return {key: [image] if key == "mm_token_type_ids" else framed for key, _ in self.family.padded}
 
     @cached_property
     def _messages(self) -> list[dict]:

@@ -231,15 +231,27 @@ def load_model(
         check_same_run(checkpoint, contract)
     set_seed(config.seed)
     model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
-    seeing = [part for part in trainable_parameters(model) if part in ("vision", "merger")]
+    if config.router_aux_loss_coef is not None:
+        ask_for_router_loss(inner_model(model).config, family, config.router_aux_loss_coef)
+    seeing = " and ".join(part for part in trainable_parameters(model) if part in ("vision", "merger"))
     if config.cache_vision_features and seeing:
-        raise InputError(
-            f"cache_vision_features needs frozen vision and merger, but this trains {' and '.join(seeing)}"
-        )
+        raise InputError(f"cache_vision_features needs frozen vision and merger, but this trains {seeing}")
     learning_rates(model, family, config)
     inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
     inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     return model, contract
+
+
+def ask_for_router_loss(config: Any, family: Family, weight: float) -> None:
+    """Let a mixture of experts give its router loss, see `latexocr.loss`.
+
+    Raises:
+        InputError: the family has no experts, or a negative weight.
+    """
+    if not family.routed or weight < 0:
+        raise InputError(f"router_aux_loss_coef {weight}: needs a mixture of experts and 0 or more ({family.name})")
+    text = config.get_text_config()
+    text.output_router_logits, text.router_aux_loss_coef = weight > 0, weight
 
 
 def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:
@@ -305,10 +317,8 @@ def build_trainer(
 ) -> FormulaTrainer:
     """The trainer over `data`, ready to train; nothing is written yet."""
     processor, family = data.preprocessor.processor, data.preprocessor.family
-    if config.cuda_graphs and not (family.grid_free or (config.cache_vision_features and not family.deepstack)):
-        logger.info(
-            f"steps are not captured as CUDA graphs: the vision tower of {family.name} asks the host for sizes"
-        )
+    if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
+        logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
     padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
     return FormulaTrainer(
@@ -331,6 +341,20 @@ def build_trainer(
         processing_class=processor,
         callbacks=list(callbacks),
     )
+
+
+def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
+    """Why a step asks the GPU for sizes, so that no graph of it can be captured; None where it does not.
+
+    Args:
+        family: of the model.
+        cached: features come in the place of pixels.
+    """
+    if family.routed:
+        return f"the experts of {family.name} get tokens by content"
+    if not (family.grid_free or (cached and not family.deepstack)):
+        return f"the vision tower of {family.name} asks the host for sizes"
+    return None
 
 
 def announce(

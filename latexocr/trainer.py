@@ -40,7 +40,7 @@ from latexocr.images import load_image
 from latexocr.initialisation import Tensors, read_difference, write_difference
 from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
-from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
+from latexocr.loss import detach_head, head_loss, router_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
 from latexocr.modeling import inner_model, save_for_training, save_for_use, trusted_placeholders
 from latexocr.optimizers import parameter_groups
@@ -265,8 +265,12 @@ class FormulaTrainer(Trainer):
         with trusted_placeholders(self.model):
             outputs = model(**inputs, use_cache=False)
         if self._head is None:
-            return supervised_loss(outputs.logits, targets, num_items), outputs
-        return head_loss(outputs.logits, self._head, targets, num_items), outputs
+            loss = supervised_loss(outputs.logits, targets, num_items)
+        else:
+            loss = head_loss(outputs.logits, self._head, targets, num_items)
+        if self.model.training and outputs.get("aux_loss") is not None:  # validation is about tokens
+            loss = loss + router_loss(outputs, inner_model(self.model).config, targets, num_items)
+        return loss, outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: walking over all parameters at every micro-batch costs more than the number is worth."""

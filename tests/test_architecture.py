@@ -12,10 +12,10 @@ from conftest import ROOT
 LAYERS = (
     {"latexocr", "errors"},
     {"sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers", "quantization"},
-    {"pictures", "likeness", "sources", "config", "console", "stopping"},
+    {"pictures", "likeness", "sources", "config", "console", "stopping", "shapes"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar"},
-    {"render", "contract", "attention", "lora", "optimizers", "new_tokens"},
+    {"render", "contract", "attention", "lora", "dialects", "optimizers", "new_tokens"},
     {"layers", "page", "rasterize"},
     {"modeling", "preprocess", "findings", "synthesize"},
     {"collate", "train_config", "build", "loss", "sampling", "vision_cache", "report"},

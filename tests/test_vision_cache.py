@@ -21,7 +21,7 @@ from latexocr.preprocess import FormulaDataset
 from latexocr.records import read_records
 from latexocr.stopping import StopSignal
 from latexocr.train import load_preprocessor, train
-from latexocr.vision_cache import FeatureFile, GivenFeatures, VisionCache
+from latexocr.vision_cache import FeatureFile, GivenFeatures, VisionCache, image_features
 
 
 def values(folder: Path, key: str = "loss") -> list[float]:
@@ -58,9 +58,7 @@ def test_rounded_up_batches(model_type, tiny_models, config, records):
     given = []
     for sample in samples:
         with torch.no_grad():
-            output = model.model.visual(sample["pixel_values"], grid_thw=sample["image_grid_thw"])
-        deepstack = output.deepstack_features if model_type == "qwen3_vl" else []
-        features = torch.cat([output.pooler_output, *deepstack], dim=1)
+            features = image_features(model, sample["pixel_values"], sample["image_grid_thw"])
         given.append({key: value for key, value in sample.items() if key != "pixel_values"})
         given[-1]["image_features"] = features
 

@@ -32,6 +32,15 @@ class Family:
         concatenated: per-image inputs, joined along their first dimension; those that a batch has.
         deepstack: the vision tower also gives features of its middle layers to the first decoder layers.
         grid_free: the vision tower knows pictures by boundaries and positions alone, not by their grids.
+        framing_tokens: those around an image that count as its own in `moe_mm_token_type_ids`.
+        raster: the image processor gives patches row by row, and they are merged behind the vision tower; elsewhere
+            the patches of a visual token stand together.
+        routed: experts get those tokens that a router sends them: sizes that only the GPU knows.
+        empty_reasoning: what the chat template writes after a prompt in the place of a thought, and leaves out of a
+            finished conversation.
+        never_trained: regular expressions of parameters that no gradient reaches.
+        hub_names: beginnings of names in the published checkpoints -> the model's own, where transformers reads the
+            former but writes others.
     """
 
     name: str
@@ -43,6 +52,17 @@ class Family:
     concatenated: tuple[str, ...] = ("pixel_values", "image_features", "image_grid_thw")
     deepstack: bool = False
     grid_free: bool = False
+    framing_tokens: tuple[str, ...] = ()
+    raster: bool = False
+    routed: bool = False
+    empty_reasoning: str = ""
+    never_trained: tuple[str, ...] = ()
+    hub_names: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def token_types(self) -> tuple[str, ...]:
+        """Those of `padded` that a model asks for beside positions."""
+        return tuple(key for key, _ in self.padded if key != "mm_token_type_ids")
 
     def part_of(self, parameter: str) -> str:
         """The part of the model that a parameter with this name belongs to.
@@ -85,9 +105,9 @@ LANGUAGE = {
 
 def families() -> tuple[Family, ...]:
     """All known families."""
-    from latexocr.families import qwen2_5_vl, qwen2_vl, qwen3_vl
+    from latexocr.families import ernie4_5_vl, paddleocr_vl, qwen2_5_vl, qwen2_vl, qwen3_vl
 
-    return (qwen2_vl.FAMILY, qwen2_5_vl.FAMILY, qwen3_vl.FAMILY)
+    return tuple(module.FAMILY for module in (qwen2_vl, qwen2_5_vl, qwen3_vl, ernie4_5_vl, paddleocr_vl))
 
 
 def family_of(model_type: str) -> Family:
