@@ -20,6 +20,8 @@ from latexocr.shapes import SHAPES
 ON_CPU = ("tiny", "base")  # quickly made anywhere, and then the same everywhere
 SHARD_SIZE = "5GB"
 BUNDLED_CORPUS = Path(__file__).resolve().parent.parent / "data" / "sample" / "metadata.jsonl"
+
+
 def build(
     output: Path,
     *,

@@ -2,10 +2,10 @@
 
 QLoRA (arXiv:2305.14314): frozen weights are kept as NF4, whose scales are themselves kept in 8 bits ("double
 quantisation"), 0.516 bytes a weight in all; they become 16-bit numbers when a layer computes, and the adapter is
-trained as always. 8 bits: LLM.int8 (arXiv:2208.07339). bitsandbytes does both; it has kernels for the CPU too.
+trained as always. 8 bits: LLM.int8 (arXiv:2208.07339). bitsandbytes does both, and has kernels for the CPU too.
 
-Only linear layers inside the named parts are rounded: the decoder by default. The vision tower, its merger and the head
-are a small share of the memory and the first to lose accuracy.
+Only linear layers inside the named parts are rounded: the decoder by default. The vision tower, its merger and the
+head are a small share of the memory and the first to lose accuracy.
 """
 
 from __future__ import annotations

@@ -15,7 +15,9 @@ def _rope(theta: float, *sections: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
 
 
-def _qwen(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict[str, Any]:
+def _qwen(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
+) -> dict[str, Any]:
     """The decoder of Qwen2-VL and Qwen2.5-VL."""
     return dict(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,

@@ -62,8 +62,8 @@ def test_only_the_decoder_is_rounded(model_type, tiny_models):
 @requires_bitsandbytes
 def test_qlora_end_to_end(config, records, tmp_path):
     """Trained, evaluated, resumed bit for bit, loaded as it was trained, merged into whole weights."""
-    options = dict(load_in_4bit=True, optim="adamw_8bit", val_json=str(records["val"]), eval_strategy="steps", eval_steps=1,
-                   lora_r=16, save_strategy="steps", save_steps=1, max_new_tokens=2,
+    options = dict(load_in_4bit=True, optim="adamw_8bit", val_json=str(records["val"]), eval_strategy="steps",
+                   eval_steps=1, lora_r=16, save_strategy="steps", save_steps=1, max_new_tokens=2,
                    load_best_model_at_end=False)  # fmt: skip
     run = tmp_path / "run"
     result = train(config(**options))
