@@ -252,7 +252,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
         if self.cuda_graphs and not (on_gpu and self.flatten and self.bf16 and self.no_random_state):
             raise InputError("cuda_graphs needs a GPU, flatten, bf16, and fused_lora or full; leave it out")
-        for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights"):
+        for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights", "load_in_4bit", "load_in_8bit"):
             if getattr(self, name) and sharded:
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
 
