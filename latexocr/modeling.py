@@ -245,9 +245,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization:
         if stored:
-            raise InputError(
-                f"{folder}: its weights are stored rounded ({stored}) already; leave load_in_{quantization.bits}bit out"
-            )
+            option = f"load_in_{quantization.bits}bit"
+            raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave {option} out")
         check_installed(f"{folder} in {quantization.bits} bits", "--base-bits 16")
         targets = family_in(folder).target_regex(list(quantization.parts))
         options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
