@@ -274,8 +274,12 @@ def test_an_adapter_on_experts_is_saved_loaded_and_merged(tiny_models, config, t
     load_adapter(load_base(folder, dtype=torch.float32), result.adapter_dir, folder)  # every tensor fits
     merged = merge(result.adapter_dir, tmp_path / "merged", device="cpu")
     assert merged.merged.largest < 1e-4 and merged.stored.largest < 1e-4
-    with safe_open(tmp_path / "merged/model.safetensors", framework="pt") as file:
+    merge(result.adapter_dir, tmp_path / "rounded", device="cpu", dtype="bfloat16")
+    with safe_open(tmp_path / "rounded/model.safetensors", framework="pt") as file:
         assert HUB_NAMES[ERNIE] < set(file.keys())
+        exact = {name for name in file.keys() if file.get_tensor(name).dtype == torch.float32}  # noqa: SIM118
+    routers = {"gate.weight", "gate.weight_1", "moe_statics.e_score_correction_bias"}
+    assert exact == {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2) for name in routers}
 
 
 def test_router_loss_is_the_models_own(tiny_models, config, tmp_path, monkeypatch):
