@@ -15,7 +15,9 @@ def _rope(theta: float, *sections: int) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, "mrope_section": list(sections)}
 
 
-def _qwen(hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool) -> dict[str, Any]:
+def _qwen(
+    hidden: int, mlp: int, layers: int, heads: int, kv_heads: int, vocabulary: int, tied: bool
+) -> dict[str, Any]:
     """The decoder of Qwen2-VL and Qwen2.5-VL."""
     return dict(
         hidden_size=hidden, intermediate_size=mlp, num_hidden_layers=layers, num_attention_heads=heads,
@@ -96,7 +98,8 @@ SHAPES: dict[str, dict[str, Shape]] = {
     },
     "paddleocr_vl": {
         "tiny": ({**TINY_TEXT, "head_dim": 32},
-                 dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128, image_size=112)),
+                 dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128,
+                      image_size=112)),
         "0.9b": (PADDLEOCR_TEXT, dict(num_hidden_layers=27, hidden_size=1152, num_attention_heads=16,
                                       intermediate_size=4304, image_size=384)),
     },

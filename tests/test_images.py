@@ -106,7 +106,9 @@ def test_a_huge_picture_is_refused_from_its_header(tmp_path):
         image_size(path)
 
 
-@pytest.mark.parametrize("name", ["Qwen2VLImageProcessor", "Ernie4_5_VLMoeImageProcessor", "PaddleOCRVLImageProcessor"])
+@pytest.mark.parametrize(
+    "name", ["Qwen2VLImageProcessor", "Ernie4_5_VLMoeImageProcessor", "PaddleOCRVLImageProcessor"]
+)
 def test_patches_turn_back_into_the_picture(name):
     import transformers
 
