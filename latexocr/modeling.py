@@ -320,10 +320,18 @@ def save_for_training(model: PreTrainedModel, folder: Path, state_dict: dict[str
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
 
 
+def keeps_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model has this weight in float32 whatever the others are in: a router, whose choices are jumps."""
+    words = model._keep_in_fp32_modules_strict or ()
+    return any(re.search(rf"(?:^|\.){re.escape(word)}(?:\.|$)", name) for word in words)
+
+
 def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
     """All weights in bfloat16 under the hub's key names: an ordinary checkpoint. Arguments as `save_for_training`."""
     weights = model.state_dict() if state_dict is None else state_dict
-    rounded = {value.data_ptr(): value.bfloat16() for value in weights.values()}  # tied weights stay one
+    rounded = {  # by address: tied weights stay one
+        value.data_ptr(): value if keeps_float32(model, name) else value.bfloat16() for name, value in weights.items()
+    }
     state_dict = {name: rounded[value.data_ptr()] for name, value in weights.items()}
     with no_progress_bars():
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=True)
