@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from peft.tuners.lora import LoraLayer
+from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 
@@ -83,7 +83,13 @@ def _is_rounded(layer: LoraLayer) -> bool:
 
 
 def _lora_layers(model: PeftModel) -> Iterator[tuple[str, LoraLayer]]:
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer))
+    for name, module in model.named_modules():
+        if isinstance(module, ParamWrapper):
+            raise InputError(
+                f"lora_init pissa and loftq are for layers, and {name} holds stacked experts: leave it out"
+            )
+        if isinstance(module, LoraLayer):
+            yield name, module
 
 
 def _decomposed(weight: torch.Tensor, r: int, scaling: float, name: str) -> tuple[torch.Tensor, torch.Tensor]:

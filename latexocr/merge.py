@@ -1,7 +1,8 @@
 """Stage 6: adapter -> stand-alone checkpoint, proven to answer as the adapter did.
 
 Merged in float32 (in bfloat16 the small LoRA update is partly rounded away) into the whole weights of the base, also
-where the adapter was trained on weights in 4 bits (what that changes is reported), stored in the base model's type and
+where the adapter was trained on weights in 4 bits (what that changes is reported; LoftQ's adapters, which correct the
+rounding, are merged into the rounded ones), stored in the base model's type and
 under the hub's key names, then loaded again from disk and compared on pictures: the merged model must answer as base +
 adapter, the loaded one as the stored weights; what rounding costs is reported.
 """
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from PIL import Image
 
+    from latexocr.contract import Contract
     from latexocr.predict import LatexOCR
 
 # Accepted mean difference of log-probabilities where both sides compute the same in float32.
@@ -112,11 +114,14 @@ def merge(
     options = {"device": device, "dtype": "float32", "hub": hub, "trust_remote_code": trust_remote_code}
 
     ocr = LatexOCR.from_pretrained(base_folder, adapter=adapter, base_bits=16, **options)
+    loftq, trained, rounded_base = _corrects_rounding(contract), None, None
+    if contract and contract.quantization and (loftq or importlib.util.find_spec(PACKAGE)):
+        trained = LatexOCR.from_pretrained(base_folder, adapter=adapter, **options)
+    if loftq:
+        modeling.take_rounded(ocr.model, trained.model)
     answers = [answer.text for answer in ocr.generate(pictures, max_new_tokens=32)]
     expected = log_probabilities(ocr, pictures, answers)
-    rounded_base = None
-    if contract and contract.quantization and importlib.util.find_spec(PACKAGE):
-        trained = LatexOCR.from_pretrained(base_folder, adapter=adapter, **options)
+    if trained:
         rounded_base = difference(log_probabilities(trained, pictures, answers), expected)
         del trained
     ocr.model = ocr.model.merge_and_unload()
@@ -150,6 +155,11 @@ def merge(
     if stored.mean > NOTABLE_ROUNDING:
         logger.warning(f"rounding to {stored_dtype} moved log-probabilities by {stored}; --dtype float32 avoids it")
     return MergeResult(output, merged, stored, stored_dtype, rounded_base)
+
+
+def _corrects_rounding(contract: Contract | None) -> bool:
+    """Whether an adapter takes back what rounding did (LoftQ), so that only rounded weights fit it."""
+    return contract is not None and contract.training.get("recipe", {}).get("lora_init") == "loftq"
 
 
 def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
@@ -505,6 +506,15 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
         raise InputError(f"{adapter}: {len(saved ^ expected)} tensors do not fit {base_folder}, first {first}")
     train_rows(peft_model)
     return peft_model
+
+
+@torch.no_grad()
+def take_rounded(model: torch.nn.Module, rounded: torch.nn.Module) -> None:
+    """Give the linear layers of `model` the values of those that are in 4 or 8 bits in `rounded`."""
+    whole = dict(model.named_modules())
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.is_floating_point():
+            whole[name].weight.copy_(dequantize_module_weight(module))
 
 
 def check_adapter(adapter: Path) -> Contract | None:

@@ -233,11 +233,9 @@ def load_model(
     model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
     if config.router_aux_loss_coef is not None:
         ask_for_router_loss(inner_model(model).config, family, config.router_aux_loss_coef)
-    parts = trainable_parameters(model)
-    if config.cache_vision_features and {"vision", "merger"} & set(parts):
-        raise InputError(
-            f"cache_vision_features needs a frozen vision tower and merger, but this trains {', '.join(parts)}"
-        )
+    seeing = " and ".join(part for part in trainable_parameters(model) if part in ("vision", "merger"))
+    if config.cache_vision_features and seeing:
+        raise InputError(f"cache_vision_features needs frozen vision and merger, but this trains {seeing}")
     learning_rates(model, family, config)
     inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
     inner_model(model).generation_config.max_new_tokens = config.max_new_tokens

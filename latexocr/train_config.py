@@ -110,6 +110,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         self._check_trained()
         if self.cache_vision_features and self.augment:
             raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
+        if self.init_from_config and self.freeze:
+            raise InputError("init_from_config makes random weights, freeze keeps them so: leave one out")
         if not 0 <= self.token_corruption < 1:
             raise InputError(f"token_corruption is {self.token_corruption}, needs a share from 0 to below 1")
         if self.average_weights is not None and not 0 < self.average_weights < 1:
@@ -252,6 +254,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
         if self.cuda_graphs and not (on_gpu and self.flatten and self.bf16 and self.no_random_state):
             raise InputError("cuda_graphs needs a GPU, flatten, bf16, and fused_lora or full; leave it out")
+        if self.lora_init != "default" and sharded:
+            raise InputError(f"lora_init {self.lora_init} needs whole weights (no FSDP, no DeepSpeed): leave it out")
         for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights", "load_in_4bit", "load_in_8bit"):
             if getattr(self, name) and sharded:
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")

@@ -205,12 +205,14 @@ def test_bfloat16_arithmetic_keeps_float32_weights(full, records, tmp_path):
 
 def test_options_that_do_not_go_together(full):
     for options, message in (
-        ({"cache_vision_features": True}, "needs a frozen vision tower"),
         ({"fused_lora": True}, "fused_lora needs frozen weights"),
         ({"token_corruption": 1.0}, "needs a share from 0 to below 1"),
+        ({"init_from_config": True, "freeze": ["vision"]}, "init_from_config makes random weights, freeze keeps them"),
     ):
         with pytest.raises(InputError, match=message):
             full(**options)
+    with pytest.raises(InputError, match="needs frozen vision and merger, but this trains vision and merger"):
+        train(full(cache_vision_features=True))
 
 
 def test_prompt_and_pictures_are_those_of_the_base(full, tmp_path):

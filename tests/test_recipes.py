@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL_TYPES, SAMPLE
+import yaml
+from conftest import SAMPLE
 from safetensors.torch import load_file
 
-from latexocr.config import TrainOptions, typed_values
+from latexocr.config import OUR_NAMES, TrainOptions, parse_train_arguments, typed_values
 from latexocr.errors import InputError
 from latexocr.initialisation import pissa, write_difference
 from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
 from latexocr.modeling import add_lora, family_in, load_adapter, load_base, load_processor, trainable_parameters
-from latexocr.new_tokens import make_room, token_indices, train_rows
+from latexocr.new_tokens import make_room, read_words, token_indices, train_rows
 from latexocr.optimizers import learning_rates, parameter_groups
 from latexocr.predict import LatexOCR
 from latexocr.train import load_data, load_model, train
@@ -185,7 +186,7 @@ def test_a_run_goes_on_with_the_same_recipe(config, tmp_path):
         train(config(resume_from_checkpoint="true", learning_rates={"language": 1e-4}, **options))
 
 
-def test_rates_from_the_command_line_and_from_yaml(tmp_path):
+def test_rates_from_the_command_line_and_from_yaml(config, tmp_path):
     wanted = {"vision": 1e-5, "new_tokens": 1e-3}
     for value in (
         "vision=1e-5,new_tokens=1e-3",
@@ -193,18 +194,34 @@ def test_rates_from_the_command_line_and_from_yaml(tmp_path):
         {"vision": "1e-5", "new_tokens": 0.001},
     ):
         assert typed_values(TrainOptions, {"learning_rates": value})["learning_rates"] == wanted
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config(learning_rates=wanted, freeze=[r"\.0\."], finetuning="full").resolved()))
+    values = typed_values(TrainOptions, {name: value for name, value in parse_train_arguments(
+        ["--config", str(file)]).items() if name in OUR_NAMES})  # fmt: skip
+    assert (values["learning_rates"], values["freeze"], values["lora_pattern"]) == (wanted, [r"\.0\."], None)
     for value in ("vision", {"vision": "fast"}, 3):
         with pytest.raises(InputError, match=r"option 'learning_rates' is .*, needs names with numbers \(name=0.1"):
             typed_values(TrainOptions, {"learning_rates": value})
 
 
+def untied(tiny: Path, folder: Path) -> Path:
+    """A base whose head has weights of its own, as those of 7B and above."""
+    model = load_base(tiny, dtype=torch.float32)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+    model.save_pretrained(folder, save_original_format=True)
+    load_processor(tiny).save_pretrained(folder)
+    return folder
+
+
 WORDS = [r"\frac", r"\alpha_{new}", "~~never~~"]
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_new_tokens_are_trained_saved_loaded_and_merged(model_type, tiny_models, config, tmp_path):
+@pytest.mark.slow
+@pytest.mark.parametrize("tied", [True, False], ids=("tied", "untied"))
+def test_new_tokens_are_trained_saved_loaded_and_merged(tied, tiny, config, tmp_path):
     """Resumed as uninterrupted; adapter and merged model read the same; the other rows stay as they are."""
-    tiny = tiny_models[model_type]
+    tiny = tiny if tied else untied(tiny, tmp_path / "base")
     words = tmp_path / "words.txt"
     words.write_text("\n".join(WORDS) + "\n")
     options = dict(model_name_or_path=str(tiny), new_tokens=[str(words)], learning_rates={"new_tokens": 1e-2},
@@ -215,13 +232,16 @@ def test_new_tokens_are_trained_saved_loaded_and_merged(model_type, tiny_models,
     train(config(resume_from_checkpoint=str(tmp_path / "run/checkpoint-2"), **options))
     assert len(before) == 4 and losses(tmp_path / "run") == before
 
-    (name,) = [name for name in weights if "lora" not in name]
+    name, *heads = [name for name in sorted(weights) if "lora" not in name][::-1]
+    assert len(heads) == (0 if tied else 1) and ".embed_tokens." in name
     base = load_base(tiny, dtype=torch.float32).get_input_embeddings().weight
     tokenizer = load_processor(whole.adapter_dir).tokenizer
     assert weights[name].shape == (3, base.shape[1]) and len(tokenizer) == 521
     assert tokenizer.convert_ids_to_tokens([518, 519, 520]) == WORDS
     start = torch.stack([base[load_processor(tiny).tokenizer(word)["input_ids"]].mean(0) for word in WORDS])
-    assert (weights[name] - start).abs().amax(1).min() > 1e-3
+    moved = (weights[name] - start).abs().amax(1)
+    assert moved[0] > 1e-3
+    assert (moved[1:] > 1e-3 if tied else moved[1:] == 0).all()  # they are in no answer, but tied to what is asked for
 
     result = merge(whole.adapter_dir, tmp_path / "merged")
     assert result.merged.mean < 1e-4 and result.stored.mean < 1e-4
@@ -233,7 +253,7 @@ def test_new_tokens_are_trained_saved_loaded_and_merged(model_type, tiny_models,
     assert answers[0] == answers[1]
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("tied", [True, False], ids=("tied", "untied"))
 def test_rows_of_new_tokens_equal_stock_peft(tied, tiny):
     """Logits and all gradients are those of peft's layer, which copies the whole matrix."""
     found = []
@@ -270,6 +290,14 @@ def test_words_that_cannot_become_tokens(words, message, config):
         train(config(new_tokens=words))
 
 
+def test_words_of_a_file_are_its_lines(tmp_path):
+    (tmp_path / "words").write_text(" \\alpha\n\n\\beta\n", encoding="utf-8")
+    assert read_words(["x", str(tmp_path / "words")]) == ["x", " \\alpha", "\\beta"]
+    (tmp_path / "picture").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"picture: no word and no file of words in UTF-8"):
+        read_words([str(tmp_path / "picture")])
+
+
 def test_new_tokens_in_full_training(config, tmp_path):
     """In a row of the whole model's own matrix."""
     result = train(config(finetuning="full", new_tokens=[r"\frac"], max_steps=1))
@@ -279,7 +307,7 @@ def test_new_tokens_in_full_training(config, tmp_path):
 
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about CPUs
 def test_loftq_begins_nearer_to_the_unrounded_base(config, tmp_path):
-    """Rounding moves the logits, what the adapter begins with takes it back in part, and training goes on from there."""
+    """Rounding moves the logits, the adapter begins with what takes it back in part, and training goes on from it."""
     pytest.importorskip("bitsandbytes")
     example, found = {"input_ids": torch.tensor([[5, 6, 7, 8]])}, {}
     for name in ("exact", "default", "loftq"):
@@ -291,4 +319,13 @@ def test_loftq_begins_nearer_to_the_unrounded_base(config, tmp_path):
     b = [p for name, p in model.named_parameters() if ".visual." in name and ".lora_B." in name]
     assert len(b) == 8 and not any(part.any() for part in b)  # the tower is not rounded: its adapters begin as usual
     result = train(config(lora_init="loftq", load_in_4bit=True, max_steps=1))
-    assert LatexOCR.from_pretrained(adapter=result.adapter_dir, device="cpu").generate([SAMPLE / "images/000000.png"])
+    merged = merge(result.adapter_dir, tmp_path / "merged", device="cpu")
+    assert merged.merged.mean < 1e-4 and merged.stored.mean < 1e-4 and merged.rounded_base.mean < 1e-4
+
+
+def test_fused_adapters_compute_what_pissa_and_rslora_are(config, tmp_path):
+    """Both are plain LoRA once they have begun, so the fast path takes them, new tokens beside them."""
+    options = dict(lora_init="pissa", use_rslora=True, lora_r=16, new_tokens=WORDS[:1], learning_rate=1e-2)
+    train(config(output_dir=str(tmp_path / "stock"), **options))
+    train(config(output_dir=str(tmp_path / "fused"), fused_lora=True, **options))
+    assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "stock"), rel=1e-4)

@@ -147,9 +147,9 @@ def test_features_are_used_again_while_nothing_has_changed(config, monkeypatch, 
 
 
 def test_what_is_refused(config, monkeypatch, tmp_path):
-    for part in ("vision", "merger"):
-        with pytest.raises(InputError, match="needs a frozen vision tower, but lora_components names parts of it"):
-            config(cache_vision_features=True, lora_components=["language", part])
+    for part in ("vision.mlp", "merger"):
+        with pytest.raises(InputError, match=f"needs frozen vision and merger, but this trains {part[:6]}"):
+            train(config(cache_vision_features=True, lora_components=["language", part]))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     with pytest.raises(InputError, match=r"run: the vision features need 0\.\d GB, 0\.0 GB are free"):
