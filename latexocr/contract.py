@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from latexocr import __version__
+from latexocr.checkpoint import tensor_headers
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
 from latexocr.quantization import Quantization
@@ -101,7 +102,7 @@ def config_fingerprint(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """A hash that tells checkpoints apart: every tensor's name, shape and first 512 bytes, read from the files.
 
-    Reads the safetensors format (8 bytes of header length, JSON header, data), a few hundred kilobytes at most.
+    Reads a few hundred kilobytes at most.
 
     Raises:
         InputError: no safetensors weights in the folder.
@@ -112,13 +113,10 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            for name in sorted(header.keys() - {"__metadata__"}):
-                start, end = header[name]["data_offsets"]
-                file.seek(8 + length + start)
-                digest.update(f"{name} {header[name]['shape']}".encode())
-                digest.update(file.read(min(512, end - start)))
+            for tensor in tensor_headers(path):
+                file.seek(tensor.start)
+                digest.update(f"{tensor.name} {tensor.shape}".encode())
+                digest.update(file.read(min(512, tensor.end - tensor.start)))
     return digest.hexdigest()[:16]
 
 

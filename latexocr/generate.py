@@ -8,6 +8,7 @@ raises it to the power that training's validation has found (`confidence_exponen
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,7 +83,7 @@ def generate(
         options: passed on to `model.generate` (streamer, synced_gpus).
     """
     tokenizer = preprocessor.processor.tokenizer
-    end_id = tokenizer.convert_tokens_to_ids(preprocessor.family.end_token)
+    ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
     normalise = partial(preprocessor.normalise, dtype=model.dtype)
     rows = (
         decoder(batches, normalise)
@@ -91,8 +92,8 @@ def generate(
     )
     answers = []
     for row, loss in rows:
-        finished = end_id in row
-        ids = row[: row.index(end_id)] if finished else row
+        ids = list(itertools.takewhile(lambda token: token not in ends, row))
+        finished = len(ids) < len(row)
         # clean_up_tokenization_spaces would eat the spaces before punctuation that LaTeX_OCR's texts have
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         confidence = math.exp(-loss) if finished and not math.isnan(loss) else 0.0

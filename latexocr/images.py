@@ -83,6 +83,18 @@ class ImagePolicy:
         columns, rows = (math.ceil(max(1, round(side * scale)) / self.cell) for side in (width, height))
         return columns * rows
 
+    def describe(self) -> str:
+        """In words, for people.
+
+        >>> ImagePolicy().describe()
+        'fit: aspect ratio kept, 64 to 1024 visual tokens of 28 x 28 pixels'
+        """
+        cell = f"{self.cell} x {self.cell} pixels"
+        if self.mode == "fixed":
+            width, height, _, _ = self.layout(1, 1)
+            return f"fixed: stretched to {width} x {height} pixels, visual tokens of {cell}"
+        return f"fit: aspect ratio kept, {self.min_visual_tokens} to {self.max_visual_tokens} visual tokens of {cell}"
+
     def visual_tokens(self, width: int, height: int) -> int:
         """How many visual tokens a picture of this size becomes: known from its header alone."""
         _, _, canvas_width, canvas_height = self.layout(width, height)

@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import re
 import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from latexocr.errors import InputError, MergeMismatch
-from latexocr.quantization import PACKAGE
+from latexocr.quantization import PACKAGE, Quantization, check_installed
 
 if TYPE_CHECKING:
     import torch
     from PIL import Image
+    from transformers import PreTrainedModel
 
     from latexocr.contract import Contract
     from latexocr.predict import LatexOCR
@@ -76,7 +79,8 @@ def merge(
     output: Path,
     *,
     model: str | None = None,
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    dtype: Literal["auto", "float32", "bfloat16", "float16", "4bit"] = "auto",
+    max_shard_size: str = "5GB",
     images: list[str] | None = None,
     device: str | None = None,
     hub: Literal["modelscope", "huggingface"] = "modelscope",
@@ -88,7 +92,9 @@ def merge(
         adapter: adapter folder (adapter/ or checkpoint-N/).
         output: folder for the merged checkpoint; must be new or empty.
         model: the base model, when it is no longer where latexocr.json says.
-        dtype: type of the stored weights (auto: the base model's).
+        dtype: type of the stored weights (auto: the base model's; 4bit: the decoder's layers in NF4 by bitsandbytes,
+            the rest as the base).
+        max_shard_size: size of a weights file from which on there are several, such as 5GB.
         images: pictures to compare on (default: three drawn by this command).
         device: cpu, cuda, ... (default: a GPU when there is one).
         hub: where a hub id is downloaded from.
@@ -109,6 +115,10 @@ def merge(
         raise InputError(f"{adapter}: no latexocr.json, so its base model is unknown; give --model")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise InputError(f"{output}: already there and not empty; choose a new folder")
+    if dtype == "4bit":
+        check_installed("merge --dtype 4bit")
+    if not re.fullmatch(r"\d+[KMG]B", max_shard_size):
+        raise InputError(f"max_shard_size is {max_shard_size!r}, needs a size such as 5GB or 500MB")
     base_folder = modeling.resolve_checkpoint(model, hub) if model else modeling.resolve_base(contract, adapter)
     pictures = [load_image(path) for path in images] if images else check_pictures()
     options = {"device": device, "dtype": "float32", "hub": hub, "trust_remote_code": trust_remote_code}
@@ -129,20 +139,19 @@ def merge(
     if merged.mean > EXACT_TOLERANCE:
         raise MergeMismatch(f"merging {adapter} changed log-probabilities by {merged}")
 
-    stored_dtype = _stored_dtype(base_folder) if dtype == "auto" else dtype
+    stored_dtype = _stored_dtype(base_folder) if dtype in ("auto", "4bit") else dtype
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise InputError(f"{output}: cannot be written ({error.strerror})") from error
     try:
         _cast_parameters(ocr.model, getattr(torch, stored_dtype))
-        with modeling.no_progress_bars():
-            ocr.model.save_pretrained(output, save_original_format=True)
-        ocr.preprocessor.processor.save_pretrained(output)
-        if ocr.contract:
-            # it keeps saying which base and which training this came from; the weights are whole ones
-            replace(ocr.contract, quantization=None).save(output)
-        _cast_parameters(ocr.model, torch.float32)
+        if dtype == "4bit":
+            ocr.model = _in_4bit(ocr.model, output)
+            options, stored_dtype = {**options, "dtype": stored_dtype}, f"4-bit and {stored_dtype}"
+        _save(ocr, output, max_shard_size)
+        if dtype != "4bit":
+            _cast_parameters(ocr.model, torch.float32)
         rounded = log_probabilities(ocr, pictures, answers)
         ocr.model = None  # two copies in float32 need not be in memory together
         reloaded = log_probabilities(LatexOCR.from_pretrained(output, **options), pictures, answers)
@@ -162,10 +171,37 @@ def _corrects_rounding(contract: Contract | None) -> bool:
     return contract is not None and contract.training.get("recipe", {}).get("lora_init") == "loftq"
 
 
+def _save(ocr: LatexOCR, output: Path, max_shard_size: str) -> None:
+    from latexocr import modeling
+    from latexocr.card import write_card
+
+    with modeling.no_progress_bars():
+        ocr.model.save_pretrained(output, save_original_format=True, max_shard_size=max_shard_size)
+    modeling.save_processor(ocr.preprocessor.processor, output, ocr.preprocessor.policy)
+    if ocr.contract:
+        # it keeps saying which base and which training this came from; how that base was rounded is past
+        replace(ocr.contract, quantization=None).save(output)
+        write_card(output)
+
+
+def _in_4bit(model: PreTrainedModel, output: Path) -> PreTrainedModel:
+    """The decoder's layers in 4 bits, by way of the disk: they are rounded while they are read."""
+    from latexocr import modeling
+
+    with TemporaryDirectory(dir=output) as folder:
+        with modeling.no_progress_bars():
+            model.save_pretrained(folder, save_original_format=True)
+        options = {"dtype": model.dtype, "device": model.device, "quantization": Quantization()}
+        return modeling.load_base(Path(folder), **options).eval()
+
+
 def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Only the weights: casting buffers too (rotary frequencies) would lose what is computed at loading."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    from latexocr.modeling import keeps_float32
+
+    for name, parameter in model.named_parameters():
+        if not keeps_float32(model, name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def log_probabilities(ocr: LatexOCR, pictures: list[Image.Image], answers: list[str]) -> list[torch.Tensor]:

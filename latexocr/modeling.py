@@ -24,15 +24,14 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping, r
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging as transformers_logging
 
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_ID, MODEL_CONFIG, read_json
 from latexocr.contract import Contract, fingerprint, write_text
 from latexocr.errors import InputError, nearest
 from latexocr.families import Family, families, family_of
+from latexocr.images import ImagePolicy
 from latexocr.new_tokens import add_rows, train_rows
 from latexocr.quantization import PACKAGE, Quantization, check_installed, loading_options, settle
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 logger = logging.getLogger(__name__)
 
 
@@ -102,10 +101,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "; it holds an adapter: give it with --adapter" if (folder / ADAPTER_CONFIG).is_file() else ""
         raise InputError(f"{folder}: no config.json, so not a model checkpoint{hint}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: malformed JSON ({error})") from error
+    return read_json(path)
 
 
 def family_in(folder: Path) -> Family:
@@ -324,10 +320,18 @@ def save_for_training(model: PreTrainedModel, folder: Path, state_dict: dict[str
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
 
 
+def keeps_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model has this weight in float32 whatever the others are in: a router, whose choices are jumps."""
+    words = model._keep_in_fp32_modules_strict or ()
+    return any(re.search(rf"(?:^|\.){re.escape(word)}(?:\.|$)", name) for word in words)
+
+
 def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
     """All weights in bfloat16 under the hub's key names: an ordinary checkpoint. Arguments as `save_for_training`."""
     weights = model.state_dict() if state_dict is None else state_dict
-    rounded = {value.data_ptr(): value.bfloat16() for value in weights.values()}  # tied weights stay one
+    rounded = {  # by address: tied weights stay one
+        value.data_ptr(): value if keeps_float32(model, name) else value.bfloat16() for name, value in weights.items()
+    }
     state_dict = {name: rounded[value.data_ptr()] for name, value in weights.items()}
     with no_progress_bars():
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=True)
@@ -339,8 +343,23 @@ def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, tor
     write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def save_processor(processor: Any, folder: Path, policy: ImagePolicy) -> None:
+    """Beside a whole model: for vLLM and others that prepare pictures by the checkpoint's own settings.
+
+    Their minimum is then ours: by Qwen2-VL's, 56 x 56 pixels, a small formula would be six visual tokens. What mode
+    "fixed" does cannot be said there.
+    """
+    image_processor = processor.image_processor
+    if policy.mode == "fit" and "shortest_edge" in dict(image_processor.size):
+        edges = {"shortest_edge": policy.min_visual_tokens, "longest_edge": policy.max_visual_tokens}
+        sizes = {name: tokens * policy.cell**2 for name, tokens in edges.items()}
+        image_processor.size = type(image_processor.size)(**sizes)
+    processor.save_pretrained(folder)
+
+
 def greedy_config(processor: Any, family: Family) -> GenerationConfig:
-    """Plain greedy decoding up to the family's end token.
+    """Plain greedy decoding up to the family's end token, or up to the tokenizer's own, with which an untrained base
+    of a family whose template writes another one ends.
 
     Published checkpoints carry sampling settings and a repetition penalty meant for chat; a penalty ruins formulas,
     whose tokens repeat by nature.
@@ -348,7 +367,8 @@ def greedy_config(processor: Any, family: Family) -> GenerationConfig:
     tokenizer = processor.tokenizer
     end_id = tokenizer.convert_tokens_to_ids(family.end_token)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
-    return GenerationConfig(do_sample=False, eos_token_id=end_id, pad_token_id=pad_id, repetition_penalty=1.0)
+    ends = end_id if tokenizer.eos_token_id in (None, end_id) else [end_id, tokenizer.eos_token_id]
+    return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad_id, repetition_penalty=1.0)
 
 
 def inner_model(model: Any) -> Any:

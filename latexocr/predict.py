@@ -82,13 +82,14 @@ class LatexOCR:
         import torch
 
         from latexocr import modeling
+        from latexocr.checkpoint import ADAPTER_CONFIG
         from latexocr.config import PROMPT
         from latexocr.contract import Contract
         from latexocr.images import ImagePolicy
         from latexocr.preprocess import Preprocessor
 
         path = path or adapter or bundled_base()
-        if adapter in (None, path) and (Path(path) / modeling.ADAPTER_CONFIG).is_file():
+        if adapter in (None, path) and (Path(path) / ADAPTER_CONFIG).is_file():
             adapter = Path(path)
             contract = modeling.check_adapter(adapter)
             if contract is None:

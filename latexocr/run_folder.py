@@ -7,14 +7,13 @@ import os
 import shutil
 from pathlib import Path
 
+from latexocr.checkpoint import ADAPTER_WEIGHTS, MODEL_WEIGHTS, TRAINER_STATE
 from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.metrics_file import METRICS_FILE
-from latexocr.modeling import ADAPTER_WEIGHTS, MODEL_WEIGHTS
 from latexocr.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
-TRAINER_STATE = "trainer_state.json"
 LEFT_BEHIND = (METRICS_FILE, "adapter", "model", "validation", "evaluation")  # by a run, besides checkpoints
 
 

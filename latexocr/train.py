@@ -25,6 +25,7 @@ from peft import PeftModel
 from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
+from latexocr.checkpoint import TRAINER_STATE
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
@@ -52,7 +53,6 @@ from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variati
 from latexocr.quantization import num_weights
 from latexocr.records import read_records
 from latexocr.run_folder import (
-    TRAINER_STATE,
     check_output_dir,
     check_same_run,
     checkpoint_to_resume,
@@ -81,30 +81,37 @@ class TrainResult:
     """What a training leaves behind.
 
     Args:
-        adapter_dir: the best adapter (by `metric_for_best_model`; the last one without validation), or with
-            `finetuning="full"` the best model.
+        adapter_dir: the best adapter (by `metric_for_best_model`; the last one without validation); None with
+            `finetuning="full"`.
         metrics: the final training loss and the best checkpoint's evaluation.
+        model_dir: the best model, an ordinary checkpoint, with `finetuning="full"`; else None.
         num_dropped: overlong training records left out.
         stopped_by: number of the signal that ended training early, else 0; continue with
             `resume_from_checkpoint=True`.
         is_main_process: False on the other ranks of a distributed run.
     """
 
-    adapter_dir: Path
+    adapter_dir: Path | None
     metrics: dict[str, float]
+    model_dir: Path | None = None
     num_dropped: int = 0
     stopped_by: int = 0
     is_main_process: bool = True
 
+    @property
+    def trained_dir(self) -> Path:
+        """`adapter_dir` or `model_dir`, whichever there is."""
+        return self.adapter_dir or self.model_dir
+
     def __str__(self) -> str:
         if self.stopped_by:
             return (
-                f"stopped by signal {self.stopped_by}: {self.adapter_dir} written; "
+                f"stopped by signal {self.stopped_by}: {self.trained_dir} written; "
                 "go on with --resume_from_checkpoint true"
             )
         shown = {name: value for name, value in self.metrics.items() if "loss" in name or name in BEST_SHOWN}
         scores = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        return f"{self.adapter_dir.name}: {self.adapter_dir}  {scores}"
+        return f"{self.trained_dir.name}: {self.trained_dir}  {scores}"
 
 
 BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu", "eval_glyph_f1")
@@ -152,18 +159,19 @@ def train(config: TrainConfig) -> TrainResult:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.received:
             tracker.finish_as("aborted", f"signal {stop.received} at step {trainer.state.global_step}")
-            adapter_dir = output_dir / f"checkpoint-{trainer.state.global_step}"
+            trained_dir = output_dir / f"checkpoint-{trainer.state.global_step}"
         else:
-            adapter_dir = output_dir / FINAL[config.finetuning]
-            trainer.save_model(str(adapter_dir))
+            trained_dir = output_dir / FINAL[config.finetuning]
+            trainer.save_model(str(trained_dir))
             if cache:
                 cache.remove()
         evaluation = {} if stop.received else _evaluate_kept(trainer, output_dir)
         if trainer.is_world_process_zero() and tracker.run.get("mode") == "local":
             logger.info(f"dashboard: {dashboard_command(output_dir / 'swanlog')}")
     return TrainResult(
-        adapter_dir=adapter_dir,
+        adapter_dir=trained_dir if config.finetuning == "lora" else None,
         metrics=_final_metrics(trainer) | evaluation,
+        model_dir=trained_dir if config.finetuning == "full" else None,
         num_dropped=len(training.dropped),
         stopped_by=stop.received,
         is_main_process=trainer.is_world_process_zero(),
@@ -221,11 +229,7 @@ def load_model(
         prompt=config.prompt,
         image_policy=data.preprocessor.policy,
         end_token=family.end_token,
-        training={
-            "train_records": len(data.training.records),
-            "dropped": len(data.training.dropped),
-            "recipe": config.recipe,
-        },
+        training=_training_facts(config, data),
     )
     if checkpoint:
         check_same_run(checkpoint, contract)
@@ -240,6 +244,29 @@ def load_model(
     inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
     inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     return model, contract
+
+
+def _training_facts(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """What people will want to know of the run; files by their last two names, because checkpoints are given away."""
+    facts = {
+        "train_json": _short(config.train_json),
+        "train_records": len(data.training.records),
+        "dropped": len(data.training.dropped),
+        "recipe": config.recipe,
+        "options": config.notable,
+    }
+    if data.validation:
+        num_records = len(data.validation.records)
+        facts |= {
+            "val_json": _short(config.val_json),
+            "val_records": num_records,
+            "generated_records": min(num_records, config.eval_generate_samples),
+        }
+    return facts
+
+
+def _short(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
 
 
 def ask_for_router_loss(config: Any, family: Family, weight: float) -> None:

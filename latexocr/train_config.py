@@ -23,6 +23,17 @@ logger = logging.getLogger(__name__)
 MAX_WORKERS = 8
 # config.yaml describes a run, so that it can be given again: no secrets, and nothing about how it was started.
 NEVER_SAVED = {"hub_token", "push_to_hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
+# A model card shows these always, and of the others what is not as by default,
+SHOWN = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+# except what is said elsewhere in `latexocr.json` and what the weights do not depend on. Names begin so.
+NOT_SHOWN = (
+    "model_name", "hub", "train_json", "val_json", "output_dir", "prompt", "image_", "min_visual", "max_visual",
+    "dataloader_", "logging_", "swanlab_", "board_", "eval_", "save_", "per_device_eval", "generate_", "greater_is",
+    "run_name", "report_to", "disable_tqdm", "use_cpu", "remove_unused", "ddp_", "log_level", "max_new_tokens",
+    "activation_checkpointing", "gradient_checkpointing", "push_to_hub", "trust_remote", "local_rank", "_n_gpu",
+    "accelerator_config", "load_best", "metric_for", "flatten", "fused_", "cuda_graphs", "cache_vision", "debug",
+    "do_", "allow_",
+)  # fmt: skip
 
 # Fields that say what is trained; a run that goes on repeats them.
 RATES = ("learning_rates", "new_tokens")
@@ -289,6 +300,25 @@ class TrainConfig(TrainOptions, TrainingArguments):
             if item.name in OUR_NAMES or value != getattr(default, "value", default):
                 kept[item.name] = value
         return kept
+
+    @property
+    def notable(self) -> dict[str, Any]:
+        """Beside `recipe`, the options that made the weights what they are, for the model card."""
+        defaults = {item.name: self._default(item) for item in fields(self)}
+        options = {
+            name: value
+            for name, value in self.resolved().items()
+            if name in SHOWN or (value is not None and value != defaults[name] and not name.startswith(NOT_SHOWN))
+        }
+        options = {name: value for name, value in options.items() if name not in self.recipe}
+        if self.by_budget:
+            del options["per_device_train_batch_size"]
+        return options | ({"ranks": self.world_size} if self.world_size > 1 else {})
+
+    @staticmethod
+    def _default(item: Any) -> Any:
+        default = item.default if item.default is not MISSING else item.default_factory()
+        return getattr(default, "value", default)  # an enumeration's
 
 
 def _num_cores() -> int:

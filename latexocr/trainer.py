@@ -29,6 +29,8 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 
 from latexocr.attention import VARLEN, set_attention
 from latexocr.averaging import WeightAverage
+from latexocr.card import write_card
+from latexocr.checkpoint import LOSS_METER
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
@@ -42,7 +44,7 @@ from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, router_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
-from latexocr.modeling import inner_model, save_for_training, save_for_use, trusted_placeholders
+from latexocr.modeling import inner_model, save_for_training, save_for_use, save_processor, trusted_placeholders
 from latexocr.optimizers import parameter_groups
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
@@ -51,7 +53,6 @@ from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
 logger = logging.getLogger(__name__)
-LOSS_METER = "loss_meter.json"
 FINAL = {"lora": "adapter", "full": "model"}  # folder of what a training is for
 STOCK = "sdpa"  # attention for padded batches and for a growing cache
 Collate = Callable[[list[dict]], dict[str, Any]]
@@ -496,9 +497,10 @@ class FormulaTrainer(Trainer):
         elif self.args.should_save:
             save = save_for_training if self.is_in_train else save_for_use
             save(inner_model(self.model), folder, state_dict)
-            self.processing_class.save_pretrained(folder)
+            save_processor(self.processing_class, folder, self.contract.image_policy)
         if self.args.should_save:
             self.current_contract().save(folder)
+            write_card(folder)  # in place of peft's, which knows nothing of the run
 
     def current_contract(self) -> Contract:
         """The contract with the step and the evaluation that belong to the weights as they are now."""

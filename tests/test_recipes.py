@@ -105,7 +105,7 @@ def test_a_rate_of_zero_trains_nothing_there(config, tiny, tmp_path):
                           learning_rate=1e-3, learning_rates={"embeddings": 0.0, "merger": 1e-4},
                           save_strategy="steps", save_steps=1))  # fmt: skip
     before = load_base(tiny, dtype=torch.float32).state_dict()
-    after = load_base(result.adapter_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
+    after = load_base(result.trained_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
     moved = {name: float((after[name] - before[name]).abs().max()) for name in before}
     assert moved["model.language_model.embed_tokens.weight"] == 0
     assert moved["model.visual.merger.mlp.0.weight"] == pytest.approx(1e-4, rel=0.02)
@@ -129,7 +129,7 @@ def test_frozen_parts_are_not_differentiated(config, tmp_path, monkeypatch):
                      freeze=["vision", "embeddings", r"language_model\.layers\.0\."])  # fmt: skip
     result = train(options)
     before = load_base(Path(options.model_name_or_path), dtype=torch.float32).state_dict()
-    after = load_base(result.adapter_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
+    after = load_base(result.trained_dir.parent / "checkpoint-1", dtype=torch.float32).state_dict()
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     assert seen and not any(seen)
     assert not any(".blocks." in name or "embed" in name or ".layers.0." in name for name in moved)
@@ -301,8 +301,8 @@ def test_words_of_a_file_are_its_lines(tmp_path):
 def test_new_tokens_in_full_training(config, tmp_path):
     """In a row of the whole model's own matrix."""
     result = train(config(finetuning="full", new_tokens=[r"\frac"], max_steps=1))
-    matrix = load_base(result.adapter_dir, dtype=torch.float32).get_input_embeddings().weight
-    assert len(matrix) == 519 and load_processor(result.adapter_dir).tokenizer.convert_tokens_to_ids(r"\frac") == 518
+    matrix = load_base(result.model_dir, dtype=torch.float32).get_input_embeddings().weight
+    assert len(matrix) == 519 and load_processor(result.model_dir).tokenizer.convert_tokens_to_ids(r"\frac") == 518
 
 
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about CPUs

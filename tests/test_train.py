@@ -21,7 +21,7 @@ from latexocr.trainer import share_of, spread
 
 
 def losses(result, key: str = "loss") -> list[float]:
-    return [row[key] for row in read_metrics(result.adapter_dir.parent / "metrics.jsonl") if key in row]
+    return [row[key] for row in read_metrics(result.trained_dir.parent / "metrics.jsonl") if key in row]
 
 
 def test_loss_is_the_mean_over_supervised_tokens():
