@@ -5,9 +5,9 @@
     python scripts/benchmark/full_size.py --model 7b --data outputs/data/train.json --recipes lora --ranks 2 --sharded
 
 Each run is `latexocr train` in a process of its own, with gradient checkpointing unless told otherwise; its line of
-JSON goes to stderr when it has ended, all lines together are printed at the end. The last validation loss stands beside
-that of the saved adapter or model, loaded in another process as inference loads it. Random weights are right for speed
-and memory; their loss falls all the same.
+JSON goes to stderr when it has ended, all of them are printed at the end. The last validation loss stands beside that
+of the saved adapter or model, loaded in another process as inference loads it. Random weights are right for speed and
+memory; their loss falls all the same.
 """
 
 from __future__ import annotations
