@@ -50,7 +50,7 @@ def main() -> None:
     common.OURS |= RECIPES
     more = {"lora_r": arguments.lora_r, **dict(word.split("=", 1) for word in arguments.options)}
     with common.workplace(arguments) as (model, folder):
-        validation = first_rows(arguments.data, folder / "val.json")
+        validation = common.first_rows(arguments.data, folder / "val.json", VALIDATION_ROWS)
         results = []
         for recipe in arguments.recipes:
             for batch in arguments.batches:
@@ -84,16 +84,6 @@ def one_run(
         "validation_loss": found["eval_loss"], **again,
         "saved_gib": round(sum(path.stat().st_size for path in saved.rglob("*") if path.is_file()) / 2**30, 3),
     }  # fmt: skip
-
-
-def first_rows(data: Path, target: Path) -> Path:
-    """The first records of a train.json as a file of their own; the pictures stay where they are."""
-    rows = json.loads(data.read_text(encoding="utf-8"))[:VALIDATION_ROWS]
-    for row in rows:
-        turn = row["conversations"][0]
-        turn["value"] = str((data.parent / turn["value"]).resolve())
-    target.write_text(json.dumps(rows), encoding="utf-8")
-    return target
 
 
 def loss_of(folder: Path, data: Path) -> float:
