@@ -12,7 +12,7 @@ from conftest import ROOT
 LAYERS = (
     {"latexocr", "errors"},
     {"sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers"},
-    {"pictures", "likeness", "sources", "config", "console", "stopping"},
+    {"pictures", "likeness", "sources", "formats", "config", "console", "stopping"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar"},
     {"render", "contract", "attention", "lora"},

@@ -31,7 +31,7 @@ def test_one_record_a_line(tmp_path):
     [
         ("[{]", "malformed JSON at line 1"),
         ('{"a": 1}', "needs a list of records"),
-        ('[{"image": "a.png", "text": "x"}]', r"record 0: needs .* has keys \['image', 'text'\]"),
+        ('[{"picture": "a.png", "text": "x"}]', r"record 0: needs .* has keys \['picture', 'text'\]"),
         ('["a.png"]', "record 0: needs .* has str"),
         ('[{"conversations": [{"role": "user", "value": "a.png"}]}]', r"with roles \['user'\]"),
         ('[{"conversations": [{"role": "user", "value": 3}, {"role": "assistant", "value": "x"}]}]', "must be text"),
