@@ -42,12 +42,15 @@ def evaluate(
     hub: Literal["modelscope", "huggingface"] = "modelscope",
     trust_remote_code: bool = False,
     pictures: bool = True,
+    answer_format: Literal["latex", "json"] = "latex",
+    allow_urls: bool = False,
+    allow_outside_paths: bool = False,
 ) -> Evaluation:
-    """Read every image of a data file and score the answers.
+    """Answer every record of a data file and score the answers.
 
     Args:
         model: base or merged model, or an adapter folder: a path or a hub id.
-        data: val.json, as csv2json writes it.
+        data: val.json, as csv2json writes it, or any other file that training reads.
         output_dir: folder for predictions.jsonl, metrics.json, slices.csv, rows.csv and report.html.
         adapter: adapter folder to put on the model.
         batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
@@ -61,38 +64,53 @@ def evaluate(
         hub: where a hub id is downloaded from.
         trust_remote_code: run Python code that comes with a checkpoint.
         pictures: render predictions and references and compare the pictures too.
+        answer_format: what answers are: LaTeX, or JSON objects that are compared field by field.
+        allow_urls: open URLs that records name.
+        allow_outside_paths: open files that records name outside of the data file's folder.
 
     Raises:
         InputError: data (two records with one id, say), model or adapter that cannot be used, or a folder that
             cannot be written.
     """
+    from latexocr.formats import Access
     from latexocr.images import load_image
     from latexocr.predict import LatexOCR
     from latexocr.records import read_records
+    from latexocr.video import video_header
 
     if max_samples is not None and max_samples < 1:
         raise InputError(f"max_samples is {max_samples}, needs at least 1")
-    records = read_records(data)[:max_samples]
+    access = Access(urls=allow_urls, outside=allow_outside_paths)
+    records = read_records(data, access=access, hub=hub)[:max_samples]
     (name, count), *_ = Counter(record.id for record in records).most_common(1)
     if count > 1:
         raise InputError(f"{data}: {count} records have the id {name!r}; give each its own, by which answers are told")
     for record in records:  # a broken image is found before an hour of generation, not after
-        load_image(record.image_path, record.where)
+        for media in record.media:
+            if media.kind == "image":
+                load_image(media.load(), record.place_of(media))
+            else:
+                video_header(media, record.where)
     _make_folder(output_dir)
     ocr = LatexOCR.from_pretrained(
         model, adapter=adapter, device=device, prompt=prompt, hub=hub, trust_remote_code=trust_remote_code
     )
     answers = ocr.generate(
-        [record.image_path for record in records], batch_size=batch_size, max_new_tokens=max_new_tokens,
+        list(records), batch_size=batch_size, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, min_p=min_p, progress=True,
     )  # fmt: skip
     rows = [answer.as_row(record) for record, answer in zip(records, answers, strict=True)]
     write_predictions(output_dir / "predictions.jsonl", rows)
-    return score_rows(rows, output_dir, pictures=pictures)
+    return score_rows(rows, output_dir, pictures=pictures, answer_format=answer_format)
 
 
 def score_file(
-    predictions: Path, *, output_dir: Path | None = None, baseline: Path | None = None, pictures: bool = True
+    predictions: Path,
+    *,
+    output_dir: Path | None = None,
+    baseline: Path | None = None,
+    pictures: bool = True,
+    answer_format: Literal["latex", "json"] = "latex",
 ) -> Evaluation:
     """Metrics from a predictions file, without a model.
 
@@ -103,6 +121,7 @@ def score_file(
         output_dir: folder for metrics.json, slices.csv, rows.csv and report.html; nothing is written when left out.
         baseline: another predictions file of the same ids and references to compare with.
         pictures: render predictions and references and compare the pictures too.
+        answer_format: what answers are: LaTeX, or JSON objects that are compared field by field.
 
     Raises:
         InputError: no such file, a malformed line, a line without the keys, an id that stands there twice, no line
@@ -110,7 +129,7 @@ def score_file(
     """
     rows = read_predictions(predictions)
     other_rows = None if baseline is None else _in_order_of(rows, read_predictions(baseline), predictions, baseline)
-    return score_rows(rows, output_dir, baseline=other_rows, pictures=pictures)
+    return score_rows(rows, output_dir, baseline=other_rows, pictures=pictures, answer_format=answer_format)
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:

@@ -154,6 +154,10 @@ class Record:
         """Pictures and videos in the order in which they are shown."""
         return [part for turn in self.turns for part in turn.parts if isinstance(part, Media)]
 
+    def place_of(self, media: Media) -> str:
+        """How an error names one of them."""
+        return self.where if f"({media.name})" in self.where else f"{self.where}, {media.name}"
+
     @property
     def image_path(self) -> Path | None:
         """The file of the first picture; None where there is none, or it is no file."""

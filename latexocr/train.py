@@ -16,7 +16,6 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,6 +29,7 @@ from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
+from latexocr.formats import Access
 from latexocr.images import ImagePolicy
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
@@ -40,6 +40,7 @@ from latexocr.modeling import (
     inner_model,
     load_base,
     load_processor,
+    positions_per_second,
     resolve_checkpoint,
     trainable_parameters,
 )
@@ -261,7 +262,15 @@ def build_trainer(
             f"steps are not captured as CUDA graphs: the vision tower of {family.name} asks the host for sizes"
         )
         config.cuda_graphs = False
-    padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
+    if config.cuda_graphs and data.training.records.kinds.talk:
+        logger.info("steps are not captured as CUDA graphs: not all records are one picture and its answer")
+        config.cuda_graphs = False
+    padded = FormulaCollator(
+        tokenizer=processor.tokenizer,
+        family=family,
+        blank=data.preprocessor.blank,
+        merge_size=processor.image_processor.merge_size,
+    )
     return FormulaTrainer(
         model=model,
         args=config,
@@ -271,17 +280,19 @@ def build_trainer(
         lengths=data.training.counts.total,
         batches=data.batches,
         on_board=on_board,
-        train_dataset=FormulaDataset(
-            data.training.records, data.preprocessor, as_bytes=True, variation=_variation(config)
-        ),
-        eval_dataset=(
-            FormulaDataset(data.validation.records, data.preprocessor, as_bytes=True) if data.validation else None
-        ),
-        data_collator=_training_collator(config, padded, processor),
+        train_dataset=_dataset(data.training, data, _variation(config)),
+        eval_dataset=_dataset(data.validation, data) if data.validation else None,
+        data_collator=_training_collator(config, padded),
         eval_collator=padded,
         processing_class=processor,
         callbacks=list(callbacks),
     )
+
+
+def _dataset(selection: Selection, data: Data, variation: Variation | None = None) -> FormulaDataset:
+    """Pictures travel as bytes; the patches of a video are numbers, and a batch holds one or the other."""
+    records = selection.records
+    return FormulaDataset(records, data.preprocessor, as_bytes=not records.kinds.video, variation=variation)
 
 
 def announce(
@@ -373,14 +384,22 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
         setattr(config, option, getattr(policy, field))
     if config.prompt is None:
         config.prompt = known.prompt if known else PROMPT
-    return base_folder, Preprocessor(processor, family, policy, config.prompt)
+    preprocessor = Preprocessor(
+        processor, family, policy, config.prompt, supervised_turns=config.supervised_turns,
+        empty_thinking=config.empty_thinking, positions_per_second=positions_per_second(base_folder),
+    )  # fmt: skip
+    return base_folder, preprocessor
 
 
 def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:
+    access = Access(urls=config.allow_urls, outside=config.allow_outside_paths)
     return select(
-        read_records(path), preprocessor, max_length=config.max_length, overlong=config.overlong,
+        read_records(path, access=access, hub=config.hub),
+        preprocessor,
+        max_length=config.max_length,
+        overlong=config.overlong,
         num_workers=config.dataloader_num_workers,
-    )  # fmt: skip
+    )
 
 
 def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> AbstractContextManager[Tracker]:
@@ -404,13 +423,10 @@ def _variation(config: TrainConfig) -> Variation | None:
     return Variation(config.token_corruption, config.augment, config.seed)
 
 
-def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: Any) -> FormulaCollator:
+def _training_collator(config: TrainConfig, padded: FormulaCollator) -> FormulaCollator:
     if not config.flatten:
         return padded
-    merge_size = processor.image_processor.merge_size
-    return FlattenedCollator(
-        tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size, round_up=config.cuda_graphs
-    )
+    return FlattenedCollator(**vars(padded), round_up=config.cuda_graphs)
 
 
 def _batches_by_budget(config: TrainConfig, training: Selection, preprocessor: Preprocessor) -> BudgetSampler | None:

@@ -400,7 +400,10 @@ class FormulaTrainer(Trainer):
         board = []
         for row in rows[: self.args.board_samples]:
             record = dataset.records[row]
-            picture = load_image(record.image_path, record.where)
+            shown = next((one for one in record.media if one.kind == "image"), None)
+            if shown is None:
+                continue
+            picture = load_image(shown.load(), record.where)
             board.append(Sample(image=picture, prediction=answers[row].text, reference=record.text, id=record.id))
         self.on_board(board, self.state.global_step)
 
@@ -557,7 +560,7 @@ class _Prompts(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         record = self.dataset.records[0 if row == MASKED else row]
-        return self.dataset.preprocessor.prompt_features(record.image_path, record.where, as_bytes=True)
+        return self.dataset.preprocessor.prompt_of(record, as_bytes=True)
 
 
 def spread(num_rows: int, num_chosen: int) -> list[int]:

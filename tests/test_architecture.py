@@ -14,7 +14,7 @@ LAYERS = (
     {"sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers"},
     {"pictures", "likeness", "sources", "formats", "config", "console", "stopping"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
-    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar"},
+    {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar", "video"},
     {"render", "contract", "attention", "lora"},
     {"layers", "page", "rasterize"},
     {"modeling", "preprocess", "findings", "synthesize"},

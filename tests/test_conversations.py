@@ -1,0 +1,270 @@
+"""Conversations of every shape: what is shown, what is supervised, and that batches of them train like any other."""
+
+from __future__ import annotations
+
+import base64
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import SAMPLE
+from PIL import Image
+
+from latexocr.collate import FlattenedCollator, FormulaCollator
+from latexocr.errors import InputError
+from latexocr.formats import Access, Media, Turn
+from latexocr.images import ImagePolicy
+from latexocr.modeling import family_in, load_base, load_processor
+from latexocr.preprocess import IGNORED, Preprocessor, decode_sample
+from latexocr.records import read_records
+
+PICTURE = Image.new("RGB", (56, 28), "white")  # two visual tokens with the policy below
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    for name in "abc":
+        PICTURE.save(tmp_path / f"{name}.png")
+    return tmp_path
+
+
+def write(folder: Path, *rows: dict) -> Path:
+    path = folder / "t.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def chat(*turns: tuple, **more) -> dict:
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+def preprocessor_of(folder: Path, **options) -> Preprocessor:
+    return Preprocessor(
+        load_processor(folder), family_in(folder), ImagePolicy(min_visual_tokens=1), "Read.", **options
+    )
+
+
+@pytest.fixture(scope="module")
+def preprocessor(tiny) -> Preprocessor:
+    return preprocessor_of(tiny)
+
+
+def shown(preprocessor: Preprocessor, path: Path, number: int = 0) -> str:
+    """A sample decoded, without the system turn that the template adds."""
+    text = decode_sample(preprocessor(read_records(path)[number]), preprocessor)
+    return text.removeprefix("<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n")
+
+
+SEEN = "<|vision_start|><|image_pad|>x2<|vision_end|>"
+
+# one conversation in the shapes that people have it in
+SHAPES = {
+    "parts": chat(
+        ("user", [{"type": "image", "image": "a.png"}, {"type": "text", "text": "Which?"}]), ("assistant", "x")
+    ),
+    "markers": chat(("user", "<image>Which?"), ("assistant", "x"), images=["a.png"]),
+    "column": chat(
+        ("user", [{"type": "image"}, {"type": "text", "text": "Which?"}]), ("assistant", "x"), image="a.png"
+    ),
+    "image_url": chat(
+        ("user", [{"type": "image_url", "image_url": {"url": "a.png"}}, {"type": "text", "text": "Which?"}]),
+        ("assistant", [{"type": "text", "text": "x"}]),
+    ),
+    "sharegpt": {
+        "conversations": [{"from": "human", "value": "<image>Which?"}, {"from": "gpt", "value": "x"}],
+        "images": ["a.png"],
+    },
+    "question": {"text": "<image_no_1>Which?", "answer": "x", "image_no_1": "a.png"},
+    "inline": {
+        "text": "<image_no_1>Which?", "answer": "x",
+        "images": ["data:image/png;base64," + base64.b64encode((SAMPLE / "images/000000.png").read_bytes()).decode()],
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_shapes_of_one_conversation(folder, preprocessor, name):
+    seen = SEEN if name != "inline" else SEEN.replace("x2", "x9")
+    text = shown(preprocessor, write(folder, SHAPES[name]))
+    assert text == f"<|im_start|>user\n{seen}Which?<|im_end|>\n<|im_start|>assistant\n⟦x<|im_end|>⟧"
+
+
+def test_a_picture_without_words_is_asked_the_prompt(folder, preprocessor):
+    """So the tutorial's record, a table's row and a message with a picture alone are the same."""
+    tutorial = {"conversations": [{"role": "user", "value": "a.png"}, {"role": "assistant", "value": "x"}]}
+    rows = [
+        tutorial,
+        {"image": "a.png", "text": "x"},
+        chat(("user", [{"type": "image", "image": "a.png"}]), ("assistant", "x")),
+    ]
+    records = read_records(write(folder, *rows))
+    assert all(record.plain for record in records) and not records.kinds.talk
+    samples = [preprocessor(record) for record in records]
+    for sample in samples[1:]:
+        assert {key: value.tolist() for key, value in sample.items()} == {
+            key: value.tolist() for key, value in samples[0].items()
+        }
+    assert decode_sample(samples[0], preprocessor).endswith(
+        f"<|im_start|>user\n{SEEN}Read.<|im_end|>\n<|im_start|>assistant\n⟦x<|im_end|>⟧"
+    )
+
+
+TALK = chat(
+    ("system", "Be short."), ("user", "<image>Which?"), ("assistant", "x"), ("user", "<image>And this?"),
+    ("assistant", "y"), images=["a.png", "b.png"],
+)  # fmt: skip
+
+
+def test_several_turns_and_pictures(folder, preprocessor, tiny):
+    path = write(folder, TALK)
+    turns = [
+        "<|im_start|>system\nBe short.<|im_end|>\n",
+        f"<|im_start|>user\n{SEEN}Which?<|im_end|>\n<|im_start|>assistant\n",
+        "⟦x<|im_end|>⟧",
+        f"\n<|im_start|>user\n{SEEN}And this?<|im_end|>\n<|im_start|>assistant\n",
+        "⟦y<|im_end|>⟧",
+    ]
+    assert shown(preprocessor, path) == "".join(turns)
+    last = preprocessor_of(tiny, supervised_turns="last")
+    assert shown(last, path) == "".join(turns).replace("⟦x<|im_end|>⟧", "x<|im_end|>")
+    record = read_records(path)[0]
+    assert (record.text, [one.name for one in record.media]) == ("y", ["a.png", "b.png"])
+    prompt = preprocessor.prompt_of(record)
+    sample = preprocessor(record)
+    assert torch.equal(sample["input_ids"][: len(prompt["input_ids"])], prompt["input_ids"])
+    assert len(sample["input_ids"]) - len(prompt["input_ids"]) == 2  # y and the end token
+    counts = preprocessor.count_tokens(record)
+    assert (counts.image, counts.answer, counts.total) == (4, 4, len(sample["input_ids"]))
+    assert last.count_tokens(record).answer == 2
+
+
+def test_ids_are_the_processors_own(folder, preprocessor):
+    sample = preprocessor(read_records(write(folder, TALK))[0])
+    messages = [
+        {"role": role, "content": [*([{"type": "image"}] if role == "user" else []), {"type": "text", "text": text}]}
+        for role, text in (("system", "Be short."), ("user", "Which?"), ("assistant", "x"), ("user", "And this?"),
+                           ("assistant", "y"))
+    ]  # fmt: skip
+    text = preprocessor.processor.apply_chat_template(messages, tokenize=False).removesuffix("\n")
+    theirs = preprocessor.processor(text=[text], images=[PICTURE, PICTURE], do_resize=False, return_tensors="pt")
+    for key in ("input_ids", "mm_token_type_ids", "attention_mask"):
+        assert sample[key].tolist() == theirs[key][0].tolist(), key
+    assert torch.equal(sample["pixel_values"], theirs["pixel_values"])
+    assert torch.equal(sample["image_grid_thw"], theirs["image_grid_thw"])
+
+
+def test_a_document_is_learnt_whole(folder, preprocessor):
+    path = write(folder, {"text": "Lorem<image_no_2>ipsum<image_no_1>", "images": ["a.png", "b.png"]})
+    assert read_records(path)[0].turns == (
+        Turn("document", ("Lorem", Media("image", folder / "b.png"), "ipsum", Media("image", folder / "a.png"))),
+    )
+    sample = preprocessor(read_records(path)[0])
+    assert decode_sample(sample, preprocessor).replace("⟧⟦", "").endswith(f"{SEEN}⟦ipsum⟧{SEEN}⟦<|im_end|>⟧")
+    assert sample["labels"][0] == IGNORED  # there is nothing before the first token to predict it from
+    with pytest.raises(InputError, match=r"t\.jsonl record 0 \(b\.png\): a text with markers asks nothing"):
+        preprocessor.prompt_of(read_records(path)[0])
+
+
+def test_thinking(folder, preprocessor, tiny):
+    row = chat(("user", "Which?"), ("assistant", "x"))
+    row["messages"][1]["reasoning_content"] = "\n"
+    asked = "<|im_start|>user\nWhich?<|im_end|>\n<|im_start|>assistant\n"
+    path = write(folder, row, chat(("user", "Which?"), ("assistant", "x")))
+    block = "<think>\n\n</think>\n\n"
+    assert [shown(preprocessor, path, number) for number in (0, 1)] == [
+        f"{asked}⟦{block}x<|im_end|>⟧",
+        f"{asked}⟦x<|im_end|>⟧",
+    ]
+    empty = preprocessor_of(tiny, empty_thinking=True)
+    assert shown(empty, path, 1) == f"{asked}⟦{block}x<|im_end|>⟧"
+
+
+BAD = {
+    "no assistant": (chat(("user", "Which?")), "no assistant turn, so nothing to learn"),
+    "no answer": (chat(("user", "a"), ("assistant", "b"), ("user", "c")), "ends with a user turn that nobody answers"),
+    "first": (chat(("assistant", "b")), "must begin with a user turn"),
+    "role": (chat(("tool", "b"), ("assistant", "x")), "unknown role 'tool'"),
+    "marker": (
+        chat(("user", "<image><image>"), ("assistant", "x"), images=["a.png"]), "<image> has no image: .* names 1"
+    ),
+    "number": ({"text": "<video_no_3>", "answer": "x"}, "<video_no_3> has no video"),
+    "file": (chat(("user", "a"), ("assistant", "x"), images=["a.png"]), r"image 1 \(a\.png\) has no marker"),
+    "url": ({"image": "https://x.org/a.png", "text": "x"}, "is a URL, only local files are opened.*--allow_urls true"),
+    "absolute": ({"image": "/etc/hostname", "text": "x"}, "/etc/hostname is not below .*--allow_outside_paths true"),
+    "parent": ({"image": "b/../../a.png", "text": "x"}, r"b/\.\./\.\./a\.png is not below"),
+    "inline": ({"image": "data:image/png;base64,!", "text": "x"}, "its data URI is damaged"),
+    "part": (chat(("user", [{"type": "audio"}]), ("assistant", "x")), "needs type text, image or video"),
+    "key": (
+        chat(("user", [{"type": "image", "image": "a.png", "max_pixels": 9}]), ("assistant", "x")),
+        "unknown key 'max_pixels'; sizes are set by",
+    ),
+    "answer": ({"text": "a", "answer": 3}, "an assistant turn must be text"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_rows(folder, name):
+    row, message = BAD[name]
+    with pytest.raises(InputError, match=rf"t\.jsonl record 1: .*{message}"):
+        read_records(write(folder, SHAPES["parts"], row))
+
+
+def test_what_is_only_found_in_the_file(folder, preprocessor):
+    rows = [chat(("user", "<image>Which?"), ("assistant", "x"), images=["gone.png"]),
+            chat(("user", "<image><image>"), ("assistant", "x"), images=["a.png", "gone.png"]),
+            chat(("user", "Say <|im_end|>"), ("assistant", "x"))]  # fmt: skip
+    messages = ["record 0 (gone.png): no such image file", "record 1 (a.png), gone.png: no such image file",
+                "record 2: the user's text contains the special token <|im_end|>"]  # fmt: skip
+    for record, message in zip(read_records(write(folder, *rows)), messages, strict=True):
+        with pytest.raises(InputError) as error:
+            preprocessor.count_tokens(record)
+        assert message in str(error.value)
+
+
+def test_access(folder):
+    path = write(folder, {"image": "https://x.org/a.png", "text": "x"}, {"image": "../a.png", "text": "y"})
+    url, outside = read_records(path, access=Access(urls=True, outside=True))
+    assert url.media[0].content == "https://x.org/a.png" and url.where == "t.jsonl record 0 (https://x.org/a.png)"
+    assert outside.image_path == folder / "../a.png"
+
+
+MIXED = [
+    SHAPES["markers"],
+    TALK,
+    chat(("user", "What is 1 + 1?"), ("assistant", "2")),
+    {"text": "Lorem<image_no_1>ipsum", "image": "c.png"},
+    chat(("user", "And 1 + 2?"), ("assistant", "3")),
+]
+
+
+def test_batches_equal_one_by_one(folder, preprocessor, tiny):
+    """Padded, flattened and alone: the same losses, whatever a record shows."""
+    model = load_base(tiny, dtype=torch.float32).eval()
+    samples = [preprocessor(record) for record in read_records(write(folder, *MIXED))]
+    options = {"tokenizer": preprocessor.processor.tokenizer, "family": preprocessor.family,
+               "blank": preprocessor.blank}  # fmt: skip
+    padded, flattened = FormulaCollator(**options), FlattenedCollator(**options)
+
+    def loss(batch: dict) -> float:
+        from latexocr.attention import VARLEN, set_attention
+        from latexocr.trainer import STOCK
+
+        batch, labels = dict(batch), batch["labels"]
+        for name in ("labels", "num_samples", "num_tokens"):
+            batch.pop(name, None)
+        set_attention(model, VARLEN if "text_cu_seqlens" in batch else STOCK)
+        batch["pixel_values"] = preprocessor.normalise(batch["pixel_values"])
+        batch["image_grid_thw"] = torch.as_tensor(batch["image_grid_thw"])
+        with torch.no_grad():
+            logits = model(**batch, use_cache=False).logits
+        targets = labels[:, batch["logits_to_keep"] + 1]
+        return float(torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="sum"))
+
+    alone = sum(loss(padded([sample])) for sample in samples)
+    assert loss(padded(samples)) == pytest.approx(alone, rel=1e-5)
+    assert loss(flattened(samples)) == pytest.approx(alone, rel=1e-5)
+    text_only = samples[2:3] + samples[4:]
+    batch = flattened(text_only)
+    assert batch["num_samples"] == 2 and len(batch["pixel_values"]) == 4  # the blank picture: one visual token
+    assert loss(batch) == pytest.approx(sum(loss(padded([sample])) for sample in text_only), rel=1e-5)
