@@ -226,10 +226,13 @@ def score_rows(
     *,
     baseline: Sequence[dict[str, Any]] | None = None,
     pictures: bool = True,
+    answer_format: Literal["latex", "json"] = "latex",
 ) -> Evaluation:
     """Score rows, write what was found, and show it on the dashboard of a run that is active; see `assess`."""
     if output_dir is not None:
         _make_folder(output_dir)
+    if answer_format == "json":
+        return _score_objects(rows, output_dir, baseline)
     evaluation = replace(assess(rows, baseline=baseline, pictures=pictures), output_dir=output_dir)
     if output_dir is not None:
         _write(evaluation, output_dir)
@@ -278,11 +281,42 @@ def assess(
     )
 
 
-def quick_scores(rows: Sequence[dict[str, Any]], *, pictures: bool) -> dict[str, float]:
+def _score_objects(rows: Sequence[dict[str, Any]], output_dir: Path | None, baseline: object) -> Evaluation:
+    """JSON answers: metrics.json, slices.csv (a line a field) and rows.csv; there are no pictures to compare."""
+    if baseline is not None:
+        raise InputError("a baseline is compared as LaTeX only; score both files and put metrics.json side by side")
+    metrics, values = _field_scores(rows)
+    slices = [
+        {"by": "field", "slice": name.partition(".")[2], "metric": "field_match", "value": value}
+        for name, value in metrics.items()
+        if name.startswith("field_match.")
+    ]
+    described = [{**row, **found} for row, found in zip(rows, values, strict=True)]
+    evaluation = Evaluation(metrics=metrics, rows=described, slices=slices, output_dir=output_dir)
+    if output_dir is not None:
+        _write_tables(evaluation, output_dir)
+    return evaluation
+
+
+def _field_scores(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    from latexocr.metrics.calibration import calibration
+    from latexocr.metrics.fields import score_fields
+
+    metrics, values = score_fields([row["prediction"] for row in rows], [row["reference"] for row in rows])
+    known = [(row["confidence"], value["exact_match"] == 1) for row, value in zip(rows, values, strict=True)
+             if row.get("confidence") is not None]  # fmt: skip
+    return metrics | calibration([confidence for confidence, _ in known], [right for _, right in known]), values
+
+
+def quick_scores(
+    rows: Sequence[dict[str, Any]], *, pictures: bool, answer_format: Literal["latex", "json"] = "latex"
+) -> dict[str, float]:
     """The figures alone, for the validations of a training; see `assess`."""
     from latexocr.metrics.calibration import calibration
     from latexocr.metrics.scores import figures
 
+    if answer_format == "json":
+        return _field_scores(rows)[0]
     pairs = _pairs(rows, _rendered([rows])[0] if pictures else None)
     return figures(pairs) | calibration(*_confident(rows, pairs))
 
@@ -383,15 +417,21 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     from latexocr.contract import write_text
     from latexocr.report import write_report
 
-    write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2) + "\n")
-    write_text(folder / "slices.csv", _csv(evaluation.slices))
-    rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
-    write_text(folder / "rows.csv", _csv(rows))
+    _write_tables(evaluation, folder)
     if evaluation.comparison is None:
         (folder / "comparison.json").unlink(missing_ok=True)  # of an earlier score with a baseline
     else:
         write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
     write_report(evaluation, folder / "report.html")
+
+
+def _write_tables(evaluation: Evaluation, folder: Path) -> None:
+    from latexocr.contract import write_text
+
+    write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2) + "\n")
+    write_text(folder / "slices.csv", _csv(evaluation.slices))
+    rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
+    write_text(folder / "rows.csv", _csv(rows))
 
 
 def _cell(value: Any) -> Any:

@@ -31,6 +31,7 @@ from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.formats import Access
 from latexocr.images import ImagePolicy
+from latexocr.metrics.fields import check_fields
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
@@ -191,6 +192,9 @@ def load_data(config: TrainConfig) -> Data:
         _variation(config).picture(Image.new("L", (64, 32), "white"), np.random.default_rng(0))
     training = _select(config, config.train_json, preprocessor)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
+    if config.answer_format == "json":
+        for record in (record for selection in (training, validation) if selection for record in selection.records):
+            check_fields(record.text, record.where)
     batches = _batches_by_budget(config, training, preprocessor)
     return Data(base_folder, preprocessor, training, validation, batches)
 
@@ -468,6 +472,7 @@ def _evaluate_kept(trainer: FormulaTrainer, output_dir: Path) -> dict[str, float
     if not trainer.is_world_process_zero() or not answers.is_file():  # nothing generated
         return {}
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
-    evaluation = score_rows(rows, output_dir / "evaluation")
-    logger.info(f"report: {output_dir / 'evaluation' / 'report.html'}")
+    evaluation = score_rows(rows, output_dir / "evaluation", answer_format=trainer.args.answer_format)
+    if evaluation.engine:
+        logger.info(f"report: {output_dir / 'evaluation' / 'report.html'}")
     return {f"eval_{name}": value for name, value in evaluation.metrics.items()}

@@ -16,6 +16,7 @@ from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.errors import InputError, nearest
 from latexocr.lora import kernels_available, runs_kernels
 from latexocr.metrics import METRICS
+from latexocr.metrics.fields import FIELD_METRICS
 from latexocr.modeling import default_dtype
 
 logger = logging.getLogger(__name__)
@@ -41,10 +42,13 @@ class TrainConfig(TrainOptions, TrainingArguments):
             if self.save_strategy == "steps":
                 self.save_steps = self.eval_steps or self.logging_steps
         if self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_edit_distance" if self.eval_generate_samples else "eval_loss"
+            generated = "eval_field_match" if self.answer_format == "json" else "eval_edit_distance"
+            self.metric_for_best_model = generated if self.eval_generate_samples else "eval_loss"
         if self.greater_is_better is None:
             metric = METRICS.get(self.best_metric)
-            self.greater_is_better = metric is not None and metric.better == "higher"
+            self.greater_is_better = self.best_metric in FIELD_METRICS or (
+                metric is not None and metric.better == "higher"
+            )
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self.eval_strategy != "no" and self.save_strategy in (
                 self.eval_strategy,
@@ -131,7 +135,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
-        known = ["loss", *METRICS]
+        known = ["loss", *(METRICS if self.answer_format == "latex" else FIELD_METRICS)]
         if self.metric_for_best_model is not None and self.best_metric not in known:
             raise InputError(
                 f"metric_for_best_model {self.metric_for_best_model!r} is not measured"
@@ -164,7 +168,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
     @property
     def picks_by_pictures(self) -> bool:
         """Whether every validation must render formulas because the best checkpoint is chosen by it."""
-        return self.best_metric in METRICS and METRICS[self.best_metric].needs_pictures
+        latex = self.answer_format == "latex"
+        return latex and self.best_metric in METRICS and METRICS[self.best_metric].needs_pictures
 
     @property
     def no_random_state(self) -> bool:

@@ -359,7 +359,9 @@ class FormulaTrainer(Trainer):
         scores: list[Any] = [None]
         if self.is_world_process_zero():
             predictions = [answer.as_row(dataset.records[row]) for row, answer in sorted(answers.items())]
-            scores = [quick_scores(predictions, pictures=self.args.picks_by_pictures)]
+            scores = [
+                quick_scores(predictions, pictures=self.args.picks_by_pictures, answer_format=self.args.answer_format)
+            ]
             path = validation_file(Path(self.args.output_dir), self.state.global_step)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(path, predictions)
