@@ -268,3 +268,56 @@ def test_batches_equal_one_by_one(folder, preprocessor, tiny):
     batch = flattened(text_only)
     assert batch["num_samples"] == 2 and len(batch["pixel_values"]) == 4  # the blank picture: one visual token
     assert loss(batch) == pytest.approx(sum(loss(padded([sample])) for sample in text_only), rel=1e-5)
+
+
+# training
+
+
+def test_mixed_records_train_and_evaluate(folder, config, tiny):
+    """Through `train` with validation, generation and the vision tower, and through `evaluate`."""
+    from latexocr.evaluate import evaluate
+    from latexocr.metrics_file import read_metrics
+    from latexocr.train import train
+
+    path = write(folder, *MIXED)
+    questions = folder / "val.jsonl"
+    questions.write_text("".join(json.dumps(row) + "\n" for row in MIXED if "messages" in row))
+    result = train(
+        config(train_json=str(path), val_json=str(questions), max_steps=4, gradient_accumulation_steps=2,
+               lora_components=["language", "vision", "merger"], prompt="Read.", min_visual_tokens=1)
+    )  # fmt: skip
+    losses = [row["loss"] for row in read_metrics(folder / "run/metrics.jsonl") if "loss" in row]
+    assert losses[-1] < losses[0] and result.metrics["eval_num_rows"] == 4
+    found = evaluate(str(result.adapter_dir), questions, folder / "out", pictures=False, max_new_tokens=4)
+    assert [row["reference"] for row in found.rows] == ["x", "y", "2", "3"]
+    assert [row["image_path"] is None for row in found.rows] == [False, False, True, True]
+
+
+def test_json_answers_train(folder, config):
+    from latexocr.train import train
+
+    path = write(folder, *({"image": f"{name}.png", "text": json.dumps({"plate": name})} for name in "abc"))
+    options = {"train_json": str(path), "val_json": str(path), "answer_format": "json", "max_steps": 1}
+    result = train(config(**options))
+    assert result.metrics["eval_json_rate"] == 0 and result.metrics["eval_field_match.plate"] == 0
+    write(folder, {"image": "a.png", "text": "x"})
+    with pytest.raises(InputError, match=r"t\.jsonl record 0 \(a\.png\): 'x' is no JSON object"):
+        train(config(**options, output_dir=str(folder / "other")))
+
+
+@pytest.mark.slow
+def test_a_rank_without_pictures_does_not_hang(folder, tiny):
+    """Two ranks, of which one or none has a picture, also with adapters in the vision tower: as one process."""
+    from test_distributed import launch
+
+    from latexocr.metrics_file import read_metrics
+
+    rows = [SHAPES["markers"], *(chat(("user", f"{n} + 1?"), ("assistant", str(n + 1))) for n in range(5))]
+    path = write(folder, *rows)
+    options = ["--gradient_accumulation_steps", "1", "--lora_components", "language", "vision", "merger"]
+    for ranks in (1, 2):
+        launch(ranks, 2 // ranks, tiny, {"train": path, "val": path}, folder / str(ranks), *options)
+    one, two = (
+        [row["loss"] for row in read_metrics(folder / ranks / "metrics.jsonl") if "loss" in row] for ranks in "12"
+    )
+    assert len(one) == 6 and two == pytest.approx(one, rel=2e-5)
