@@ -50,7 +50,7 @@ class Generated:
         """A line of predictions.jsonl: the answer to this record's image."""
         return {
             "id": record.id,
-            "image_path": None if record.image_path is None else str(record.image_path),
+            **({} if record.image_path is None else {"image_path": str(record.image_path)}),
             **({} if record.source is None else {"source": record.source}),
             "reference": record.text,
             "prediction": self.text,
