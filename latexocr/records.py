@@ -18,7 +18,7 @@ import numpy as np
 
 from latexocr.errors import InputError
 from latexocr.formats import LOCAL, Access, Record, parse
-from latexocr.sources import HUB_ID, parquet_files
+from latexocr.sources import parquet_files
 
 # JSON's own white space
 _OPEN, _COMMA, _CLOSE = (re.compile(rf"[ \t\n\r]*{sign}[ \t\n\r]*") for sign in (r"\[", ",", r"\]\s*\Z"))
@@ -183,7 +183,8 @@ def open_table(name: str, hub: Literal["modelscope", "huggingface"]) -> tuple[An
     Raises:
         InputError: no such file, folder or data set, or not a table.
     """
-    from datasets import Dataset, disable_progress_bars, load_dataset, load_from_disk
+    from datasets import disable_progress_bars, load_dataset, load_from_disk
+    from datasets.exceptions import DatasetGenerationError
 
     disable_progress_bars()
     if Path(name, "state.json").is_file():
@@ -194,11 +195,11 @@ def open_table(name: str, hub: Literal["modelscope", "huggingface"]) -> tuple[An
     source, subset, split = (name, None, "train") if local else hub_name(name)
     if local and Path(name).suffix in (".csv", ".tsv"):
         raise InputError(f"{name}: `latexocr csv2json --csv {name} --train-json train.json` makes records of it")
-    if not local and not HUB_ID.fullmatch(source):
-        raise InputError(f"{name}: no such file; `latexocr csv2json` writes one")
     files = parquet_files(source, hub=hub, subset=subset, split=split)
-    table = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
-    assert isinstance(table, Dataset)
+    try:
+        table = load_dataset("parquet", data_files=[str(file) for file in files], split="train")
+    except (DatasetGenerationError, OSError, ValueError) as error:
+        raise InputError(f"{name}: not a readable table ({' '.join(str(error).split())[:200]})") from error
     return table, files[0]
 
 

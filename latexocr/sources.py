@@ -107,6 +107,8 @@ def parquet_files(
     elif glob.has_magic(source):
         files = sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207
     else:
+        if not path.is_dir() and not HUB_ID.fullmatch(source):
+            raise InputError(f"{source}: no such file; `latexocr csv2json` writes one")
         folder = path if path.is_dir() else download(source, hub=hub, subset=subset, split=split)
         config = _card_config(folder, subset)
         patterns = _split_patterns(config, split)

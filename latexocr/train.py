@@ -56,6 +56,7 @@ from latexocr.run_folder import (
 )
 from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
+from latexocr.streaming import Stream, first_records
 from latexocr.tracking import Sample, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.train_config import TrainConfig
 from latexocr.trainer import FINAL, FormulaTrainer, validation_file
@@ -162,7 +163,7 @@ def train(config: TrainConfig) -> TrainResult:
     return TrainResult(
         adapter_dir=adapter_dir,
         metrics=_final_metrics(trainer) | evaluation,
-        num_dropped=len(training.dropped),
+        num_dropped=trainer.train_dataset.num_dropped if config.streaming else len(training.dropped),
         stopped_by=stop.received,
         is_main_process=trainer.is_world_process_zero(),
     )
@@ -190,7 +191,7 @@ def load_data(config: TrainConfig) -> Data:
     base_folder, preprocessor = load_preprocessor(config)
     if config.augment:  # a wrong style is refused before anything is measured
         _variation(config).picture(Image.new("L", (64, 32), "white"), np.random.default_rng(0))
-    training = _select(config, config.train_json, preprocessor)
+    training = _select(config, config.train_json, preprocessor, streaming=config.streaming)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
     if config.answer_format == "json":
         for record in (record for selection in (training, validation) if selection for record in selection.records):
@@ -215,7 +216,11 @@ def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedM
         prompt=config.prompt,
         image_policy=data.preprocessor.policy,
         end_token=family.end_token,
-        training={"train_records": len(data.training.records), "dropped": len(data.training.dropped)},
+        training=(
+            {"streamed": str(config.train_json)}
+            if config.streaming
+            else {"train_records": len(data.training.records), "dropped": len(data.training.dropped)}
+        ),
     )
     return model, contract
 
@@ -275,6 +280,7 @@ def build_trainer(
         blank=data.preprocessor.blank,
         merge_size=processor.image_processor.merge_size,
     )
+    collate = _training_collator(config, padded)
     return FormulaTrainer(
         model=model,
         args=config,
@@ -284,9 +290,11 @@ def build_trainer(
         lengths=data.training.counts.total,
         batches=data.batches,
         on_board=on_board,
-        train_dataset=_dataset(data.training, data, _variation(config)),
+        train_dataset=(
+            _stream(config, data, collate) if config.streaming else _dataset(data.training, data, _variation(config))
+        ),
         eval_dataset=_dataset(data.validation, data) if data.validation else None,
-        data_collator=_training_collator(config, padded),
+        data_collator=collate,
         eval_collator=padded,
         processing_class=processor,
         callbacks=list(callbacks),
@@ -299,16 +307,26 @@ def _dataset(selection: Selection, data: Data, variation: Variation | None = Non
     return FormulaDataset(records, data.preprocessor, as_bytes=not records.kinds.video, variation=variation)
 
 
+def _stream(config: TrainConfig, data: Data, collate: FormulaCollator) -> Stream:
+    return Stream(
+        config.train_json, data.preprocessor, collate, access=_access(config), hub=config.hub,
+        max_length=config.max_length, overlong=config.overlong, batch_size=config.per_device_train_batch_size,
+        rank=config.process_index, world_size=config.world_size,
+        seed=config.data_seed if config.data_seed is not None else config.seed,
+    )  # fmt: skip
+
+
 def announce(
     trainer: FormulaTrainer, training: Selection, validation: Selection | None, cache: VisionCache | None = None
 ) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
-    config, dataset = trainer.args, trainer.train_dataset
+    config, preprocessor = trainer.args, trainer.train_dataset.preprocessor
     # ZeRO-3 has sharded the weights already: their own size is 0, ds_numel the whole one
     total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
+    first = "a stream, of which the first " if config.streaming else ""
     batch, steps_an_epoch, steps = count_steps(config, len(training.records), trainer.batches)
     if trainer.batches is None:
         size = f"{config.per_device_train_batch_size} a device"
@@ -320,7 +338,7 @@ def announce(
         f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
         f"{_arithmetic(config)} on {config.device}",
         f"trainable   {trained:,} ({100 * trained / total:.2f}%): {where}",
-        f"train       {len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
+        f"train       {first}{len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
         f"tokens a record: {_statistics(training)}",
     ]
     if validation:
@@ -336,8 +354,8 @@ def announce(
         )
     lines += [
         f"steps       {steps:,} of {batch} records ({size} x {config.gradient_accumulation_steps} accumulated x "
-        f"{config.world_size} ranks), {steps_an_epoch:,} an epoch",
-        f"example     {decode_sample(dataset[0], dataset.preprocessor)}",
+        f"{config.world_size} ranks)" + ("" if config.streaming else f", {steps_an_epoch:,} an epoch"),
+        f"example     {decode_sample(preprocessor(training.records[0]), preprocessor)}",
     ]
     return "\n".join(lines)
 
@@ -395,15 +413,20 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
     return base_folder, preprocessor
 
 
-def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:
-    access = Access(urls=config.allow_urls, outside=config.allow_outside_paths)
+def _select(config: TrainConfig, path: str, preprocessor: Preprocessor, *, streaming: bool = False) -> Selection:
+    """The records of a file that fit; of a stream the first ones, for all that is to be known before training."""
+    read = first_records if streaming else read_records
     return select(
-        read_records(path, access=access, hub=config.hub),
+        read(path, access=_access(config), hub=config.hub),
         preprocessor,
         max_length=config.max_length,
         overlong=config.overlong,
         num_workers=config.dataloader_num_workers,
     )
+
+
+def _access(config: TrainConfig) -> Access:
+    return Access(urls=config.allow_urls, outside=config.allow_outside_paths)
 
 
 def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> AbstractContextManager[Tracker]:

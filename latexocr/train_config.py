@@ -109,7 +109,18 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.augment:
             raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
 
+    def _check_streaming(self) -> None:
+        if self.max_steps <= 0:
+            raise InputError("streaming does not know how many records there are: set max_steps")
+        for name in ("max_tokens_per_batch", "max_patches_per_batch", "cache_vision_features", "augment",
+                     "token_corruption"):  # fmt: skip
+            if getattr(self, name):
+                raise InputError(f"{name} needs records that can be read again: leave out it or --streaming")
+        self.ignore_data_skip = True  # the stream itself begins at the batch that is due
+
     def _check(self) -> None:
+        if self.streaming:
+            self._check_streaming()
         if self.init_from_config and self.finetuning == "lora":
             raise InputError("init_from_config makes random weights: nothing to adapt; add --finetuning full")
         if not 0 <= self.token_corruption < 1:

@@ -44,6 +44,7 @@ from latexocr.modeling import inner_model, save_for_training, save_for_use, trus
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
+from latexocr.streaming import Stream
 from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
@@ -64,7 +65,7 @@ class FormulaTrainer(Trainer):
         batches: this rank's micro-batches, where they are not of `per_device_train_batch_size` samples.
         eval_collator: padded batches for generation; `data_collator` makes those for training and for losses.
         on_board: called on the main process after every validation with the fixed samples, predictions filled in.
-        kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s.
+        kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s, for training also a `Stream`.
     """
 
     def __init__(
@@ -129,8 +130,11 @@ class FormulaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock loader with workers that survive a signal to the whole job."""
+        if isinstance(self.train_dataset, Stream):
+            self._sampler = self.train_dataset
+            return self._own_loader(batch_size=None, collate_fn=_as_it_is)
         if self.batches is not None:
-            return self._loader_by_budget(self.batches)
+            return self._own_loader(batch_sampler=self.batches, collate_fn=self.data_collator)
         loader = super().get_train_dataloader()
         self._loader = inner = loader.base_dataloader  # accelerate iterates over this one
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
@@ -138,12 +142,11 @@ class FormulaTrainer(Trainer):
         inner.generator = torch.Generator()
         return loader
 
-    def _loader_by_budget(self, batches: BudgetSampler) -> DataLoader:
+    def _own_loader(self, **batches: Any) -> DataLoader:
         """Every rank has its own batches: accelerate only moves them to the device, as one process of one."""
         self._loader = loader = DataLoader(
             self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
+            **batches,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -157,6 +160,7 @@ class FormulaTrainer(Trainer):
             num_processes=1,
             process_index=0,
             put_on_device=True,
+            dispatch_batches=False,
             non_blocking=self.accelerator.non_blocking,
         )
 
@@ -451,6 +455,8 @@ class FormulaTrainer(Trainer):
         """Called when training begins, after stock Trainer has loaded the weights and set the loss meter to zero."""
         if self._average:
             self._average.load(Path(self._resumed_from) if self._resumed_from else None)
+        if isinstance(self.train_dataset, Stream):
+            self.train_dataset.first_batch = self.state.global_step * self.args.gradient_accumulation_steps
         path = Path(self._resumed_from or "") / LOSS_METER
         if self._resumed_from and path.is_file():
             meter = json.loads(path.read_text(encoding="utf-8"))
@@ -552,6 +558,11 @@ class _NoInputGradients(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         inner_model(self.trainer.model).disable_input_require_grads()
+
+
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """PyTorch would make lists of tuples."""
+    return batch
 
 
 class _Prompts(torch.utils.data.Dataset):

@@ -18,7 +18,7 @@ LAYERS = (
     {"render", "contract", "attention", "lora"},
     {"layers", "page", "rasterize"},
     {"modeling", "preprocess", "findings", "synthesize"},
-    {"collate", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
+    {"collate", "streaming", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
     {"decoding", "run_folder"},
     {"generate"},
     {"predict"},
