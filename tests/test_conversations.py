@@ -270,6 +270,18 @@ def test_batches_equal_one_by_one(folder, preprocessor, tiny):
     assert loss(batch) == pytest.approx(sum(loss(padded([sample])) for sample in text_only), rel=1e-5)
 
 
+def test_preview_shows_conversations_and_doctor_refuses_them(folder, tiny):
+    from latexocr.doctor import doctor
+    from latexocr.preview import preview
+
+    path = write(folder, *MIXED)
+    text = preview(path, str(tiny), output_dir=folder / "seen")
+    assert "t.jsonl record 2: " in text and "⟦y<|im_end|>⟧" in text
+    assert sorted(file.name for file in (folder / "seen").iterdir()) == ["0.png", "1.png", "1_2.png", "3.png"]
+    with pytest.raises(InputError, match=r"t\.jsonl record 0 .*: doctor looks at pictures of formulas"):
+        doctor(path)
+
+
 # training
 
 
