@@ -191,6 +191,24 @@ def parse(row: object, index: int, path: Path, access: Access = LOCAL) -> Record
     return Record(str(index if given is None else given), turns, f"{path.name} record {index}{name}", source)
 
 
+def is_tutorial(row: object) -> bool:
+    """Whether a row is a sound record of the tutorial's shape: known at once, for files of 100,000."""
+    turns = (
+        row.get("conversations") if isinstance(row, dict) and row.keys() <= {"id", "conversations", "source"} else ()
+    )
+    if not isinstance(turns, list) or len(turns) != 2:
+        return False
+    first, second = turns
+    if not (
+        isinstance(first, dict) and isinstance(second, dict) and first.keys() == second.keys() == {"role", "value"}
+    ):
+        return False
+    image, text = first["value"], second["value"]
+    roles = first["role"] == "user" and second["role"] == "assistant"
+    texts = isinstance(image, str) and isinstance(text, str)
+    return roles and texts and image != "" and not image.startswith(("data:", "http://", "https://", "file://"))
+
+
 class _Files:
     """Media of a row, handed out by marker, part or number; each must be used.
 

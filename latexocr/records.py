@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from latexocr.errors import InputError
-from latexocr.formats import LOCAL, Access, Record, parse
+from latexocr.formats import LOCAL, Access, Record, is_tutorial, parse
 from latexocr.sources import parquet_files
 
 # JSON's own white space
@@ -84,7 +84,8 @@ class _JsonFile:
         self.spans = np.fromiter(spans, np.dtype((np.int64, 2)))
 
     def _check(self, row: object, index: int) -> bool:
-        self.kinds = _seen(self.kinds, parse(row, index, self.path, self.access))
+        if not is_tutorial(row):
+            self.kinds = _seen(self.kinds, parse(row, index, self.path, self.access))
         return True
 
     def __len__(self) -> int:
