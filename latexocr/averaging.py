@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-FILE_NAME = "average.safetensors"
+from latexocr.checkpoint import AVERAGE_WEIGHTS
 
 
 class WeightAverage:
@@ -62,11 +62,11 @@ class WeightAverage:
     def save(self, folder: Path) -> None:
         """Write it beside a checkpoint's weights."""
         averages: dict[str, Any] = dict(zip(self._names, self._averages, strict=True))
-        save_file(averages, folder / FILE_NAME)
+        save_file(averages, folder / AVERAGE_WEIGHTS)
 
     def load(self, folder: Path | None) -> None:
         """As in a checkpoint; it begins with the weights as they are where there is none."""
-        path = folder and folder / FILE_NAME
+        path = folder and folder / AVERAGE_WEIGHTS
         if path and path.is_file():
             saved = load_file(path, device=str(self._weights[0].device))
             torch._foreach_copy_(self._averages, [saved[name] for name in self._names])

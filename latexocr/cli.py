@@ -36,6 +36,8 @@ VERBS = {
     "score": ("latexocr.evaluate", "score_file", "predictions.jsonl -> metrics, report, comparison"),
     "predict": ("latexocr.predict", "predict", "images -> LaTeX"),
     "merge": ("latexocr.merge", "merge", "adapter -> stand-alone checkpoint"),
+    "info": ("latexocr.info", "info", "what an adapter's, a model's or a run's folder is"),
+    "upload": ("latexocr.upload", "upload", "adapter or model -> ModelScope or Hugging Face"),
     "build": (
         "latexocr.build",
         "build",
@@ -68,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # on two cores ran at 1 sample/s each, and at 26 like this. Read when torch is loaded, so it is set here.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    for noisy in ("httpx", "filelock", "fsspec", "matplotlib", "PIL"):
+    for noisy in ("httpx", "httpx2", "filelock", "fsspec", "matplotlib", "PIL"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
     try:
         return _run(verb, rest)
@@ -93,7 +95,9 @@ def _run(verb: str, argv: list[str]) -> int:
         return _with_training_options(verb, argv)
     function = getattr(importlib.import_module(module_name), function_name)
     arguments = vars(parser_for(verb, function).parse_args(argv))
-    result = function(**arguments)
+    parameters = inspect.signature(function).parameters.values()
+    words = [arguments.pop(item.name) for item in parameters if item.kind is item.POSITIONAL_ONLY]
+    result = function(*words, **arguments)
     if result is not None:
         print(result)
     return 0
@@ -151,6 +155,9 @@ def parser_for(verb: str, function: Callable) -> argparse.ArgumentParser:
                 options["metavar"] = name.upper().removesuffix("S" if is_list else "")
         if required and typing.get_origin(hints[name]) is list:  # predict IMAGE [IMAGE ...]
             parser.add_argument(name, nargs="+", **options)
+            continue
+        if parameter.kind is parameter.POSITIONAL_ONLY:  # info FOLDER
+            parser.add_argument(name, **options)
             continue
         if is_list:
             options["nargs"] = "+"

@@ -123,6 +123,7 @@ class FlattenedCollator(FormulaCollator):
             kept = pad(kept, (0, rounded(len(kept), steps=4) - len(kept)), value=len(labels) - 2)
         return {
             **batch,
+            **self._token_types(features, len(labels)),
             **(self._given(features) if "image_features" in features[0] else self._images(features)),
             "input_ids": input_ids[None],
             "labels": labels[None],
@@ -131,6 +132,11 @@ class FlattenedCollator(FormulaCollator):
             "text_cu_seqlens": _boundaries(lengths),
             "text_max_seqlen": bucketed(max(lengths)),
         }
+
+    def _token_types(self, features: list[dict[str, Any]], length: int) -> dict[str, torch.Tensor]:
+        """(1, length) each; a filler is text."""
+        types = {key: torch.cat([feature[key] for feature in features]) for key in self.family.token_types}
+        return {key: pad(values, (0, length - len(values)))[None] for key, values in types.items()}
 
     def _given(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Features in the place of pixels, as of one picture: only their number is read from the grid."""
@@ -142,7 +148,8 @@ class FlattenedCollator(FormulaCollator):
     def _images(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         shown = self._joined(features)
         grids, pixel_values = shown["image_grid_thw"], shown["pixel_values"]
-        positions = torch.cat([_patch_positions(tuple(row), self.merge_size) for row in grids.tolist()])
+        together = 1 if self.family.raster else self.merge_size
+        positions = torch.cat([_patch_positions(tuple(row), together) for row in grids.tolist()])
         patches = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0]).tolist()
         if self.round_up and self.family.grid_free:
             extra = rounded(len(pixel_values)) - len(pixel_values)
@@ -204,7 +211,7 @@ def rope_positions(
 
 @lru_cache(maxsize=4096)
 def _patch_positions(grid_thw: tuple[int, int, int], merge_size: int) -> torch.Tensor:
-    """(patches, 2) rows and columns of an image's patches; most images of a data set share a few hundred grids."""
+    """(patches, 2) rows and columns of an image's patches, in blocks of `merge_size` a side; most images of a data set share a few hundred grids."""
     return get_vision_position_ids(torch.tensor([grid_thw]), merge_size)
 
 

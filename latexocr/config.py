@@ -21,8 +21,8 @@ PROMPT = "Write the LaTeX of the formula in this image."
 
 def option(default: Any, text: str) -> Any:
     """A dataclass field with its help text, which `--help` and the README's table print."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata={"help": text})
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata={"help": text})
     return field(default=default, metadata={"help": text})
 
 
@@ -73,7 +73,33 @@ class TrainOptions:
     lora_r: int = option(64, "rank")
     lora_alpha: int = option(16, "scale: the update is multiplied by lora_alpha / lora_r")
     lora_dropout: float = option(0.05, "dropout before the adapter")
-    lora_components: list[str] = option(["language"], "which parts get adapters: language, vision, merger")
+    lora_components: list[str] = option(
+        ["language"], "what gets adapters: language, vision, merger, attention, mlp, or one of one: vision.mlp"
+    )
+    lora_pattern: str | None = option(
+        None, "in place of lora_components: the layers whose whole path matches this regular expression"
+    )
+    lora_init: Literal["default", "pissa", "loftq"] = option(
+        "default", "pissa: adapters begin as the main part of the weights; loftq: as what 4 bits lost of them"
+    )
+    use_rslora: bool = option(False, "scale the update by lora_alpha / sqrt(lora_r), for large ranks")
+    use_dora: bool = option(False, "train the length of each row of the weights apart from its direction; slower")
+    loraplus_lr_ratio: float | None = option(
+        None, "LoRA+: the second matrix of an adapter learns this many times faster, such as 16"
+    )
+    freeze: list[str] = option(
+        [], "full: what is not trained: vision, merger, language, embeddings, or expressions found in parameter names"
+    )
+    new_tokens: list[str] = option(
+        [], "words, or files of one a line, that become tokens with embeddings of their own"
+    )
+
+    load_in_4bit: bool = option(False, "QLoRA: the frozen base in 4 bits (NF4, double quantisation; bitsandbytes)")
+    load_in_8bit: bool = option(False, "the frozen base in 8 bits (LLM.int8; bitsandbytes)")
+    quantized_parts: list[str] = option(["language"], "what 4 or 8 bits hold: language, vision, merger")
+    router_aux_loss_coef: float | None = option(
+        None, "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)"
+    )
 
     # against memorising
     token_corruption: float = option(0.0, "share of answer tokens that the decoder is shown wrong in training")
@@ -86,6 +112,9 @@ class TrainOptions:
     max_patches_per_batch: int | None = option(None, "vision patches a device and micro-batch, likewise")
     gradient_accumulation_steps: int = option(4, "micro-batches a step")
     learning_rate: float = option(1e-4, "peak learning rate of AdamW")
+    learning_rates: dict[str, float] = option(
+        {}, "others for parts, such as vision=1e-5 merger=1e-5 language=1e-4 embeddings=2e-5 new_tokens=1e-3"
+    )
     bf16: bool | None = option(None, "bfloat16 arithmetic, and weights if frozen (default: where the GPU has it)")
     flatten: bool | None = option(None, "batches in one row without padding (default: where the GPU can, and on CPUs)")
     cache_vision_features: bool = option(False, "compute the frozen vision tower's output once, keep it on disk")
@@ -157,7 +186,7 @@ def option_table() -> list[tuple[str, str, str]]:
     rows = []
     for item in fields(TrainOptions):
         default = item.default if item.default is not MISSING else item.default_factory()
-        shown = " ".join(default) if isinstance(default, list) else str(default)
+        shown = (" ".join(default) or "none") if isinstance(default, list | dict) else str(default)
         rows.append((item.name, shown, item.metadata["help"]))
     return rows
 
@@ -276,13 +305,28 @@ def _try(value: Any, kind: Any) -> tuple[bool, Any]:
         return isinstance(value, str | Path | bool | int | float), (
             str(value).lower() if isinstance(value, bool) else str(value)
         )
+    if kind == dict[str, float]:
+        return _try_numbers(value)
     if origin is dict or kind is dict:
         return isinstance(value, dict), value
     return isinstance(value, str | dict), value  # enums and nested configurations: TrainingArguments checks them
 
 
+def _try_numbers(value: Any) -> tuple[bool, Any]:
+    """`{"vision": "1e-5"}`, or the same as `vision=1e-5` words."""
+    if isinstance(value, list | str):
+        words = value if isinstance(value, list) else value.split(",")
+        value = dict(str(word).partition("=")[::2] for word in words)
+    if not isinstance(value, dict):
+        return False, None
+    found = {str(name): _try(number, float) for name, number in value.items()}
+    return all(matched for matched, _ in found.values()), {name: number for name, (_, number) in found.items()}
+
+
 def _describe(kind: Any) -> str:
     if typing.get_origin(kind) is Literal:
         return " or ".join(repr(choice) for choice in typing.get_args(kind))
+    if kind == dict[str, float]:
+        return "names with numbers (name=0.1 or a mapping)"
     names = {bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "null"}
     return names.get(kind, "a list" if typing.get_origin(kind) is list else "a mapping")

@@ -16,8 +16,10 @@ from pathlib import Path
 from typing import Any
 
 from latexocr import __version__
+from latexocr.checkpoint import tensor_headers
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy
+from latexocr.quantization import Quantization
 
 FILE_NAME = "latexocr.json"
 FORMAT = 1
@@ -42,6 +44,7 @@ class Contract:
         image_policy: how pictures were prepared.
         end_token: what ends an answer.
         hub: where `base_model` comes from when it is a hub id.
+        quantization: how the base was rounded in training; None where it was not, or is stored like that.
         confidence_exponent: power of a whole answer's probability that makes it honest; 1 where too few validation
             answers were there to fit it on.
         min_confidence: answers below it are probably wrong (`latexocr.metrics.calibration`); None where too few
@@ -57,6 +60,7 @@ class Contract:
     image_policy: ImagePolicy
     end_token: str
     hub: str = "modelscope"
+    quantization: Quantization | None = None
     confidence_exponent: float = 1.0
     min_confidence: float | None = None
     training: dict[str, Any] = field(default_factory=dict)
@@ -81,7 +85,11 @@ class Contract:
             values = json.loads(path.read_text(encoding="utf-8"))
             if values.pop("format") > FORMAT:
                 raise InputError(f"{path}: written by a newer latexocr; upgrade this one")
-            return cls(**{**values, "image_policy": ImagePolicy(**values["image_policy"])})
+            values["image_policy"] = ImagePolicy(**values["image_policy"])
+            if values.get("quantization"):
+                rounded = values["quantization"]
+                values["quantization"] = Quantization(rounded["bits"], tuple(rounded["parts"]))
+            return cls(**values)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a latexocr contract ({error})") from error
 
@@ -94,7 +102,7 @@ def config_fingerprint(folder: Path) -> str:
 def fingerprint(folder: Path) -> str:
     """A hash that tells checkpoints apart: every tensor's name, shape and first 512 bytes, read from the files.
 
-    Reads the safetensors format (8 bytes of header length, JSON header, data), a few hundred kilobytes at most.
+    Reads a few hundred kilobytes at most.
 
     Raises:
         InputError: no safetensors weights in the folder.
@@ -105,13 +113,10 @@ def fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for path in files:
         with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(length))
-            for name in sorted(header.keys() - {"__metadata__"}):
-                start, end = header[name]["data_offsets"]
-                file.seek(8 + length + start)
-                digest.update(f"{name} {header[name]['shape']}".encode())
-                digest.update(file.read(min(512, end - start)))
+            for tensor in tensor_headers(path):
+                file.seek(tensor.start)
+                digest.update(f"{tensor.name} {tensor.shape}".encode())
+                digest.update(file.read(min(512, tensor.end - tensor.start)))
     return digest.hexdigest()[:16]
 
 

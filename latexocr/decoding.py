@@ -26,13 +26,13 @@ from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import VARLEN_CAPABILITY, bucketed, varlen_attention
 from latexocr.collate import rope_positions
+from latexocr.families import Family, family_of
 from latexocr.layers import fuse_layers
 from latexocr.lora import kernels_available
 from latexocr.modeling import inner_model
 from latexocr.preprocess import joined
 
 DECODING = "flash_varlen_decoding"  # "flash" in the name: see latexocr.attention
-ARCHITECTURES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
 # Settings that do not change what greedy decoding means.
 PLAIN = {"max_new_tokens", "eos_token_id", "pad_token_id", "bos_token_id", "transformers_version"}
 CHECK_EVERY = 16  # tokens between two looks at which rows have ended
@@ -81,8 +81,6 @@ def unsupported(model: Any, config: GenerationConfig) -> str | None:
     others = {name for name, value in config.to_diff_dict().items() if name not in PLAIN and value != plain[name]}
     if others:
         return f"{', '.join(sorted(others))} set"
-    if inner.config.model_type not in ARCHITECTURES:
-        return f"model type {inner.config.model_type}"
     if "sliding_attention" in (getattr(inner.config.text_config, "layer_types", None) or ()):
         return "sliding-window attention"
     devices = {parameter.device for parameter in inner.parameters()}
@@ -119,11 +117,12 @@ class Decoder:
         ends = config.eos_token_id
         self._ends = torch.tensor([ends] if isinstance(ends, int) else list(ends), device=self._device)
         self._pad, self._max_new_tokens = config.pad_token_id, config.max_new_tokens
+        self._family = family_of(self._inner.config.model_type)
         self._merge_size = self._inner.config.vision_config.spatial_merge_size
         self._loras = [(layer, _short(layer)) for layer in self._inner.modules() if _is_plain_lora(layer)]
         self._cache: KeyValues | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # None: ran once as it is
-        self._captures = self._device.type == "cuda"
+        self._captures = self._device.type == "cuda" and not self._family.routed
 
     @torch.no_grad()
     def __call__(self, batches: Sequence[dict[str, torch.Tensor]], normalise: Normalise | None = None) -> list[Answer]:
@@ -136,7 +135,7 @@ class Decoder:
                 twelfth or less of what travels otherwise.
         """
         self._normalise = normalise or (lambda pixel_values: pixel_values)
-        prompts = [prompt for batch in batches for prompt in _prompts(batch, self._merge_size)]
+        prompts = [prompt for batch in batches for prompt in _prompts(batch, self._merge_size, self._family)]
         on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         answers: list[Answer] = []
         with on_device, self._set_up(), sdpa_kernel(BACKENDS):
@@ -275,12 +274,13 @@ class Decoder:
             "position_ids": positions[:, None],
             "text_cu_seqlens": pad(ends, (1, 0)).int(),
             "logits_to_keep": ends - 1,
+            **{key: torch.cat([prompt[key] for prompt in prompts])[None] for key in self._family.token_types},
         }
         if len(grids):
             inputs |= {
                 "pixel_values": joined([prompt["pixel_values"] for prompt in prompts]),
                 "image_grid_thw": grids,
-                "image_position_ids": get_vision_position_ids(grids, self._merge_size),
+                "image_position_ids": get_vision_position_ids(grids, 1 if self._family.raster else self._merge_size),
                 "image_cu_seqlens": pad(patches.cumsum(0), (1, 0)).int(),
             }
         rows, columns = self._send(rows + first_row), self._send(columns)
@@ -433,7 +433,7 @@ def _shape(config: Any) -> tuple[int, int, int]:
     return config.num_hidden_layers, config.num_key_value_heads, head_dim
 
 
-def _prompts(batch: dict[str, torch.Tensor], merge_size: int) -> list[dict[str, torch.Tensor]]:
+def _prompts(batch: dict[str, torch.Tensor], merge_size: int, family: Family) -> list[dict[str, torch.Tensor]]:
     """The rows of a collated batch, without padding and with positions."""
     grids, pixels = batch["image_grid_thw"], batch["pixel_values"]
     patches, first, at, prompts = grids.prod(dim=1).tolist(), 0, 0, []
@@ -452,6 +452,7 @@ def _prompts(batch: dict[str, torch.Tensor], merge_size: int) -> list[dict[str, 
             "position_ids": positions,
             "pixel_values": pixels[at:end],
             "image_grid_thw": grids[first:last],
+            **{key: batch[key][row, keep] for key in family.token_types},
         })  # fmt: skip
         first, at = last, end
     return prompts

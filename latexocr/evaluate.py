@@ -40,6 +40,7 @@ def evaluate(
     prompt: str | None = None,
     device: str | None = None,
     hub: Literal["modelscope", "huggingface"] = "modelscope",
+    base_bits: Literal[4, 8, 16] | None = None,
     trust_remote_code: bool = False,
     pictures: bool = True,
     answer_format: Literal["latex", "json"] = "latex",
@@ -62,6 +63,8 @@ def evaluate(
         prompt: another instruction than the checkpoint was trained with.
         device: cpu, cuda, ... (default: a GPU when there is one).
         hub: where a hub id is downloaded from.
+        base_bits: 4 or 8 rounds the base model's weights while they are loaded (bitsandbytes), 16 takes whole ones
+            (default: as the adapter was trained).
         trust_remote_code: run Python code that comes with a checkpoint.
         pictures: render predictions and references and compare the pictures too.
         answer_format: what answers are: LaTeX, or JSON objects that are compared field by field.
@@ -93,8 +96,9 @@ def evaluate(
                 video_header(media, record.where)
     _make_folder(output_dir)
     ocr = LatexOCR.from_pretrained(
-        model, adapter=adapter, device=device, prompt=prompt, hub=hub, trust_remote_code=trust_remote_code
-    )
+        model, adapter=adapter, device=device, prompt=prompt, hub=hub, base_bits=base_bits,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     answers = ocr.generate(
         list(records), batch_size=batch_size, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, min_p=min_p, progress=True,

@@ -86,7 +86,7 @@ def generate(
         options: passed on to `model.generate` (streamer, synced_gpus).
     """
     tokenizer = preprocessor.processor.tokenizer
-    end_id = tokenizer.convert_tokens_to_ids(preprocessor.family.end_token)
+    ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
     normalise = partial(preprocessor.normalise, dtype=model.dtype)
     rows = (
         decoder(batches, normalise)
@@ -97,8 +97,8 @@ def generate(
     asked = [number is None or at < number for size, number in sizes for at in range(size)]  # not the collator's blank
     answers = []
     for row, loss in itertools.compress(rows, asked):
-        finished = end_id in row
-        ids = row[: row.index(end_id)] if finished else row
+        ids = list(itertools.takewhile(lambda token: token not in ends, row))
+        finished = len(ids) < len(row)
         # clean_up_tokenization_spaces would eat the spaces before punctuation that LaTeX_OCR's texts have
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         text = THOUGHT.sub("", text)

@@ -83,6 +83,18 @@ class ImagePolicy:
         columns, rows = (math.ceil(max(1, round(side * scale)) / self.cell) for side in (width, height))
         return columns * rows
 
+    def describe(self) -> str:
+        """In words, for people.
+
+        >>> ImagePolicy().describe()
+        'fit: aspect ratio kept, 64 to 1024 visual tokens of 28 x 28 pixels'
+        """
+        cell = f"{self.cell} x {self.cell} pixels"
+        if self.mode == "fixed":
+            width, height, _, _ = self.layout(1, 1)
+            return f"fixed: stretched to {width} x {height} pixels, visual tokens of {cell}"
+        return f"fit: aspect ratio kept, {self.min_visual_tokens} to {self.max_visual_tokens} visual tokens of {cell}"
+
     def visual_tokens(self, width: int, height: int) -> int:
         """How many visual tokens a picture of this size becomes: known from its header alone."""
         _, _, canvas_width, canvas_height = self.layout(width, height)
@@ -157,6 +169,7 @@ class Patcher:
         temporal_patch_size: how often a still picture is repeated in a patch.
         mean: of each channel's pixels, which go from 0 to 255; a float32 value.
         std: likewise.
+        raster: patches stand row by row and are small pictures; else those of a visual token stand together, flat.
     """
 
     patch_size: int
@@ -164,6 +177,7 @@ class Patcher:
     temporal_patch_size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    raster: bool = False
 
     @classmethod
     def equal_to(cls, image_processor: Any) -> Patcher | None:
@@ -180,14 +194,17 @@ class Patcher:
             return None
         # in the processor's own order of operations: its rounding is part of its result
         mean, std = ((torch.tensor(values) * (1.0 / rescale_factor)).tolist() for values in (mean, std))
-        patcher = cls(*sizes, tuple(mean), tuple(std))
-        height, width = (cells * patcher.patch_size * patcher.merge_size for cells in (2, 3))
+        patchers = [cls(*sizes, tuple(mean), tuple(std), raster) for raster in (False, True)]
+        height, width = (cells * patchers[0].patch_size * patchers[0].merge_size for cells in (2, 3))
         noise = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
         picture = Image.fromarray(noise)
         theirs = image_processor(images=[picture], do_resize=False, return_tensors="pt")
-        pixels, grid_thw = patcher.cut(picture)
-        same = torch.equal(patcher.normalise(pixels), theirs["pixel_values"])
-        return patcher if same and torch.equal(grid_thw, theirs["image_grid_thw"]) else None
+        for patcher in patchers:
+            pixels, grid_thw = patcher.cut(picture)
+            same = torch.equal(patcher.normalise(pixels), theirs["pixel_values"])
+            if same and torch.equal(grid_thw, theirs["image_grid_thw"]):
+                return patcher
+        return None
 
     def cut(self, picture: Image.Image) -> tuple[torch.Tensor, torch.Tensor]:
         """Patches as bytes, and their grid.
@@ -201,7 +218,7 @@ class Patcher:
         import numpy as np
         import torch
 
-        patch, merge = self.patch_size, self.merge_size
+        patch, merge = self.patch_size, 1 if self.raster else self.merge_size
         grid_h, grid_w = picture.height // patch, picture.width // patch
         pixels = np.asarray(picture).reshape(grid_h // merge, merge, patch, grid_w // merge, merge, patch, -1)
         # rows of merge x merge blocks of patches; in a patch plane, row, column
@@ -210,15 +227,19 @@ class Patcher:
         return planes, torch.tensor([[1, grid_h, grid_w]])
 
     def normalise(self, pixels: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
-        """`pixel_values` (patches, channels * temporal * patch * patch) from the bytes of `cut`, on their device.
+        """`pixel_values` from the bytes of `cut`, on their device.
 
         Args:
             pixels: (patches, planes, patch * patch); one plane stands for all channels.
             dtype: of the result; float32 by default. The arithmetic is float32 always.
+
+        Returns:
+            (patches, channels * temporal * patch * patch), `raster`: (patches, channels * temporal, patch, patch).
         """
         mean, std = (_column(values, pixels.device) for values in (self.mean, self.std))
         values = ((pixels.float()[:, :, None] - mean) / std).to(dtype)
-        return values.expand(-1, -1, self.temporal_patch_size, -1).flatten(1)
+        values = values.expand(-1, -1, self.temporal_patch_size, -1)
+        return values.reshape(len(values), -1, self.patch_size, self.patch_size) if self.raster else values.flatten(1)
 
 
 @lru_cache
@@ -232,17 +253,19 @@ def _column(values: tuple[float, ...], device: torch.device) -> torch.Tensor:
 def unpatchify(pixel_values: torch.Tensor, grid_thw: torch.Tensor, image_processor: Any) -> Image.Image:
     """The picture back from the patches: proof of what the model really gets.
 
-    Inverse of `Qwen2VLImageProcessor`'s patch order (rows of merge x merge blocks) and normalisation.
+    Inverse of `Qwen2VLImageProcessor`'s patch order (rows of merge x merge blocks) or of PaddleOCR-VL's (row by row),
+    and of the normalisation.
 
     Args:
-        pixel_values: (patches, channels * temporal * patch * patch) of one image.
+        pixel_values: (patches, channels * temporal * patch * patch) of one image, or (patches, channels, patch, patch)
+            row by row.
         grid_thw: (3,) patches in time, height, width.
         image_processor: the one that made them; gives sizes, mean and standard deviation.
     """
     import torch
 
     _, grid_h, grid_w = (int(size) for size in grid_thw)
-    merge, patch = image_processor.merge_size, image_processor.patch_size
+    merge, patch = 1 if pixel_values.dim() == 4 else image_processor.merge_size, image_processor.patch_size
     blocks = pixel_values.reshape(
         grid_h // merge, grid_w // merge, merge, merge, 3, image_processor.temporal_patch_size, patch, patch
     )[:, :, :, :, :, 0]

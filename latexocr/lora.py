@@ -9,6 +9,8 @@ with the same input (query, key and value; gate and up) share x|h: their weights
 own columns for B and h. Masks come from a hash of seed and position (`keep_mask`), so they are computed where they are
 needed and never stored.
 
+Frozen weights in 4 bits become W|B layer by layer, for the forward and again for the backward pass.
+
 It is a transparent replacement: parameters, checkpoints and merging stay peft's. On a GPU Triton does the work; the
 plain PyTorch below is the definition, and what runs elsewhere.
 """
@@ -17,12 +19,16 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-from functools import partial
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
 from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch.nn.functional import linear
+from torch.nn.functional import linear, pad
+
+from latexocr import quantization
 
 ADAPTER = "default"
 SAME_INPUT = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
@@ -30,6 +36,7 @@ BITS = 16  # of randomness that decide about one element
 HALF = 64  # columns that far apart share one hash value: a kernel handles them together
 RANKS = (16, 32, 64, 128)  # powers of two; tiles of larger ones do not fit into a GPU's shared memory
 GOLDEN, MASK32 = 0x9E3779B1, 0xFFFFFFFF
+Blocks = Callable[[], Iterable[torch.Tensor]]
 
 
 def keep_mask(num_rows: int, num_columns: int, seed: torch.Tensor, threshold: int) -> torch.Tensor:
@@ -107,7 +114,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, down: torch.Tensor,
+        ctx: Any, x: torch.Tensor, blocks: Blocks, biases: list[torch.Tensor | None], down: torch.Tensor,
         seeds: torch.Tensor, threshold: int, factor: float, *adapters: torch.Tensor,
     ) -> tuple[torch.Tensor, ...]:  # fmt: skip
         """y (rows, out) of each layer.
@@ -115,30 +122,29 @@ class _LoraLinear(torch.autograd.Function):
         Args:
             ctx: keeps x|h.
             x: (rows, in).
-            weight: W|B (all outs, in + adapters * r) in the type of `x`.
-            bias: (all outs,) of the frozen layers.
+            blocks: gives W|B of each layer, (out, in + adapters * r) in the type of `x`.
+            biases: (out,) of each frozen layer.
             down: A (adapters * r, in) in the type of `x`.
             seeds: (adapters,) int64, others for every micro-batch.
             threshold: dropout probability times 2 ** 16.
             factor: scale of the adapter, over the share of kept elements.
             adapters: the parameters A (r, in) of all layers, then B (out, r): they get the gradients, their values
-                are those in `down` and `weight`.
+                are those in `down` and W|B.
         """
         x_and_down = lora_down(x, down, seeds, threshold, factor)
-        ctx.save_for_backward(x_and_down, weight, down, seeds)
+        ctx.save_for_backward(x_and_down, down, seeds)
         ctx.outs, ctx.dtype = [len(b) for b in adapters[len(seeds) :]], adapters[0].dtype
-        ctx.threshold, ctx.factor = threshold, factor
-        biases = [None] * len(seeds) if bias is None else bias.split(ctx.outs)
-        return tuple(map(partial(linear, x_and_down), weight.split(ctx.outs), biases))
+        ctx.blocks, ctx.threshold, ctx.factor = blocks, threshold, factor
+        return tuple(map(partial(linear, x_and_down), blocks(), biases))
 
     @staticmethod
     def backward(ctx: Any, *grads_y: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x_and_down, weight, down, seeds = ctx.saved_tensors
+        x_and_down, down, seeds = ctx.saved_tensors
         num_columns = down.shape[1]
         grad_b = down.new_empty(sum(ctx.outs), down.shape[0] // len(ctx.outs), dtype=torch.float32)
         grad = None
         projected = x_and_down[:, num_columns:].chunk(len(ctx.outs), dim=1)
-        parts = zip(grads_y, weight.split(ctx.outs), projected, grad_b.split(ctx.outs), strict=True)
+        parts = zip(grads_y, ctx.blocks(), projected, grad_b.split(ctx.outs), strict=True)
         for grad_y, rows, h, out in parts:
             grad_y = grad_y.contiguous()
             grad = grad_y @ rows if grad is None else grad.addmm_(grad_y, rows)
@@ -163,14 +169,10 @@ class LoraGroup(torch.nn.Module):
         super().__init__()
         bases = [layer.base_layer for layer in layers]
         self.rank, self.outs = layers[0].r[ADAPTER], [base.out_features for base in bases]
-        self.num_columns = bases[0].in_features
-        like, width = bases[0].weight, len(layers) * self.rank
-        self.weight = like.new_zeros(sum(self.outs), self.num_columns + width)
+        self.num_columns, width = bases[0].in_features, len(layers) * self.rank
+        self.biases = [base.bias for base in bases]
+        like = self._hold(bases, width)
         self.down = like.new_zeros(width, self.num_columns)
-        self.bias = None if bases[0].bias is None else torch.cat([base.bias.data for base in bases])
-        for base, rows in zip(bases, self.weight[:, : self.num_columns].split(self.outs), strict=True):
-            rows.copy_(base.weight.data)
-            base.weight.data = rows
         self.a = [layer.lora_A[ADAPTER].weight for layer in layers]
         self.b = [layer.lora_B[ADAPTER].weight for layer in layers]
         dropout = getattr(layers[0].lora_dropout[ADAPTER], "p", 0.0)  # Identity without dropout
@@ -178,14 +180,27 @@ class LoraGroup(torch.nn.Module):
         self.seeds = torch.zeros(len(layers), dtype=torch.long, device=like.device)
         self.outputs: list[torch.Tensor] = []
 
+    def _hold(self, bases: list[torch.nn.Linear], width: int) -> torch.Tensor:
+        """Make W|B of the frozen layers; returns a tensor of the type and on the device that they compute in."""
+        like = bases[0].weight
+        self.weight = like.new_zeros(sum(self.outs), self.num_columns + width)
+        for base, rows in zip(bases, self.weight[:, : self.num_columns].split(self.outs), strict=True):
+            rows.copy_(base.weight.data)
+            base.weight.data = rows
+        return like
+
     def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
         """One output a layer, from their input (..., in)."""
-        x = x.to(self.weight.dtype)  # autocast computes layer norms in float32
+        x = x.to(self.down.dtype)  # autocast computes layer norms in float32
         outputs = _LoraLinear.apply(
-            x.flatten(0, -2), self.weight, self.bias, self.down, self.seeds,
+            x.flatten(0, -2), self.blocks, self.biases, self.down, self.seeds,
             self.threshold, self.factor, *self.a, *self.b,
         )  # fmt: skip
         return [y.unflatten(0, x.shape[:-1]) for y in outputs]
+
+    def blocks(self) -> Iterable[torch.Tensor]:
+        """W|B (out, in + adapters * r) of each layer."""
+        return self.weight.split(self.outs)
 
     def places(self) -> list[torch.Tensor]:
         """Where the values of A and then of B belong."""
@@ -194,8 +209,26 @@ class LoraGroup(torch.nn.Module):
         return [*self.down.split(self.rank), *blocks]
 
 
-class FusedLora(LoraLinear):
-    """peft's LoRA layer with another forward pass in training. Made by `FusedLoras`, never constructed."""
+class QuantizedLoraGroup(LoraGroup):
+    """`LoraGroup` over layers in 4 bits, which keep their weights: W|B is made when it is needed, and let go of."""
+
+    def _hold(self, bases: list[torch.nn.Linear], width: int) -> torch.Tensor:
+        self.bases = tuple(bases)  # in a tuple: they are no part of this module
+        like = bases[0].weight.new_empty(0, dtype=bases[0].compute_dtype)
+        self.up = like.new_zeros(sum(self.outs), self.rank)
+        return like
+
+    def blocks(self) -> Iterator[torch.Tensor]:
+        for place, (base, b) in enumerate(zip(self.bases, self.up.split(self.outs), strict=True)):
+            others = (place * self.rank, (len(self.bases) - 1 - place) * self.rank)
+            yield torch.cat([quantization.weights(base, b.dtype), pad(b, others)], dim=1)
+
+    def places(self) -> list[torch.Tensor]:
+        return [*self.down.split(self.rank), *self.up.split(self.outs)]
+
+
+class FusedLora:
+    """peft's LoRA layers with another forward pass in training. Made by `FusedLoras`, never constructed."""
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         if not self.training:
@@ -209,6 +242,21 @@ class FusedLora(LoraLinear):
         return y
 
 
+@cache
+def _fused_class(kind: type) -> type:
+    """`kind`, a LoRA layer of peft, as a `FusedLora`."""
+    return type(f"Fused{kind.__name__}", (FusedLora, kind), {"__module__": __name__})
+
+
+def _groups_of() -> dict[type, type[LoraGroup]]:
+    """Which LoRA layers can be fused, and what computes them."""
+    if quantization.PACKAGE not in sys.modules:  # nothing has been rounded
+        return {LoraLinear: LoraGroup}
+    from peft.tuners.lora.bnb import Linear4bit
+
+    return {LoraLinear: LoraGroup, Linear4bit: QuantizedLoraGroup}
+
+
 class FusedLoras:
     """All LoRA layers of a model, turned into `FusedLora`.
 
@@ -217,16 +265,16 @@ class FusedLoras:
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
-        fused = [module.group[0] for module in model.modules() if type(module) is FusedLora and module.place == 0]
+        fused = [module.group[0] for module in model.modules() if isinstance(module, FusedLora) and module.place == 0]
         new = _layers_by_input(model)
-        self._groups = [*fused, *(LoraGroup(layers) for layers in new)]
+        self._groups = [*fused, *(_groups_of()[type(layers[0])](layers) for layers in new)]
         sizes = [len(group.seeds) for group in self._groups]
-        self._seeds = torch.zeros(sum(sizes), dtype=torch.long, device=self._groups[0].seeds.device)
+        self._seeds = torch.zeros(sum(sizes), dtype=torch.long, device=next(model.parameters()).device)
         for group, seeds in zip(self._groups, self._seeds.split(sizes), strict=True):
             group.seeds = seeds
         for layers, group in zip(new, self._groups[len(fused) :], strict=True):
             for place, layer in enumerate(layers):
-                layer.group, layer.place, layer.__class__ = (group,), place, FusedLora
+                layer.group, layer.place, layer.__class__ = (group,), place, _fused_class(type(layer))
         self._copies: Any = None
         self._places = list(itertools.chain.from_iterable(group.places() for group in self._groups))
         self._values = list(itertools.chain.from_iterable([*group.a, *group.b] for group in self._groups))
@@ -234,6 +282,8 @@ class FusedLoras:
     @torch.no_grad()
     def prepare(self) -> None:
         """Bring A and B as the optimiser left them to where the layers read them. Before every micro-batch."""
+        if not self._values:  # adapters on stacked experts alone
+            return
         if not takes(self._values[0]) or self._values[0].dtype != torch.float32:
             torch._foreach_copy_(self._places, self._values)
             return
@@ -264,8 +314,9 @@ def runs_kernels(rank: int) -> bool:
 def _layers_by_input(model: torch.nn.Module) -> list[list[LoraLinear]]:
     """The LoRA layers, those with the same input together."""
     found: list[list[LoraLinear]] = []
+    kinds = _groups_of()
     for parent in model.modules():
-        children = {name: child for name, child in parent.named_children() if type(child) is LoraLinear}
+        children = {name: child for name, child in parent.named_children() if type(child) in kinds}
         for names in SAME_INPUT:
             if all(name in children for name in names):
                 found.append([children.pop(name) for name in names])

@@ -36,6 +36,24 @@ def supervised_loss(
     return total / torch.as_tensor(num_items_in_batch).clamp(min=1)  # a rank's share of a last step can be empty
 
 
+def router_loss(
+    outputs: Any, config: Any, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int
+) -> torch.Tensor:
+    """What a mixture of experts adds for unequal use of its experts.
+
+    It is a property of a whole micro-batch: each counts by its share of the supervised tokens, so that the weight
+    beside the token loss is the same for any split (the value is not: Switch Transformer, arXiv:2101.03961, (4)-(6)).
+
+    Args:
+        outputs: of the model, with `aux_loss` (it gives one if its configuration says `output_router_logits`).
+        config: of the model; its text part has the weight.
+        targets: (batch * columns,), see `supervised_targets`.
+        num_items_in_batch: as in `supervised_loss`.
+    """
+    share = (targets != IGNORED).sum() / torch.as_tensor(num_items_in_batch).clamp(min=1)
+    return config.get_text_config().router_aux_loss_coef * share * outputs.aux_loss
+
+
 def cross_entropy_in_place(
     logits: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor, ignored: int = IGNORED
 ) -> torch.Tensor:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
+import itertools
 import json
 import logging
 import re
@@ -14,19 +16,39 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.integrations import dequantize_module_weight
 from safetensors import safe_open
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
+from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging as transformers_logging
 
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_ID, MODEL_CONFIG, read_json
 from latexocr.contract import Contract, fingerprint, write_text
-from latexocr.errors import InputError
-from latexocr.families import Family, family_of
+from latexocr.errors import InputError, nearest
+from latexocr.families import Family, families, family_of
+from latexocr.images import ImagePolicy
+from latexocr.new_tokens import add_rows, train_rows
+from latexocr.quantization import PACKAGE, Quantization, check_installed, loading_options, settle
 
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 logger = logging.getLogger(__name__)
+
+
+def _know_hub_names() -> None:
+    """Let `save_pretrained` write what it reads: transformers (5.17 to 5.23) adds the prefix of the model's body while
+    it loads, and does not take it away again. Delete it when a saved ERNIE begins its names with `vision_model`.
+    """
+    for family in families():
+        for model_type in family.model_types if family.hub_names else ():
+            known = get_checkpoint_conversion_mapping(model_type)
+            for hub, own in family.hub_names:
+                both = [WeightRenaming(rf"^model\.{hub}", own), WeightRenaming(f"^{hub}", own)]  # stock's, the hub's
+                known = [*both, *(each for each in known if each.source_patterns != [hub])]
+            register_checkpoint_conversion_mapping(model_type, known, overwrite=True)
+
+
+_know_hub_names()
 
 
 def resolve_checkpoint(name: str | Path, hub: Literal["modelscope", "huggingface"] = "modelscope") -> Path:
@@ -79,10 +101,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         hint = "; it holds an adapter: give it with --adapter" if (folder / ADAPTER_CONFIG).is_file() else ""
         raise InputError(f"{folder}: no config.json, so not a model checkpoint{hint}")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: malformed JSON ({error})") from error
+    return read_json(path)
 
 
 def family_in(folder: Path) -> Family:
@@ -139,7 +158,8 @@ def trusted_placeholders(model: Any) -> Iterator[None]:
     `latexocr.preprocess` writes the tokens from the same grid.
     """
     inner = inner_model(model).model
-    inner.get_placeholder_mask = functools.partial(_placeholder_masks, inner.config)
+    videos = "video_features" in inspect.signature(inner.get_placeholder_mask).parameters  # PaddleOCR-VL reads none
+    inner.get_placeholder_mask = functools.partial(_placeholder_masks if videos else _image_mask, inner.config)
     try:
         yield
     finally:
@@ -150,8 +170,16 @@ def _placeholder_masks(
     config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(batch, length, 1) twice: where image features and where video features belong."""
-    tokens = (config.image_token_id, config.video_token_id)
-    return tuple((input_ids == token)[..., None].as_subclass(PlaceholderMask) for token in tokens)
+    return _mask_of(config.image_token_id, input_ids), _mask_of(config.video_token_id, input_ids)
+
+
+def _image_mask(config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
+    """(batch, length, 1): where image features belong."""
+    return _mask_of(config.image_token_id, input_ids)
+
+
+def _mask_of(token: int, input_ids: torch.Tensor) -> torch.Tensor:
+    return (input_ids == token)[..., None].as_subclass(PlaceholderMask)
 
 
 class PlaceholderMask(torch.Tensor):
@@ -202,29 +230,75 @@ def load_base(
     *,
     dtype: torch.dtype,
     device: torch.device | str | None = None,
+    quantization: Quantization | None = None,
+    whole: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The base model with its weights from safetensors, set to decode greedily.
 
+    Args:
+        folder: of the checkpoint.
+        dtype: of the weights that are not rounded.
+        device: where the weights go; rounded ones are read to where they stay (default: the GPU).
+        quantization: how linear layers are rounded; a checkpoint that is stored like that needs none.
+        whole: weights that are stored in 4 or 8 bits become whole numbers, for merging.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
     Raises:
-        InputError: weights are missing from the files or do not fit the configuration.
+        InputError: weights are missing from the files or do not fit the configuration, or cannot be rounded here.
     """
+    stored = stored_quantization(folder)
+    options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    if quantization:
+        if stored:
+            raise InputError(
+                f"{folder}: its weights are stored rounded ({stored}) already; leave load_in_{quantization.bits}bit out"
+            )
+        check_installed(f"{folder} in {quantization.bits} bits", "--base-bits 16")
+        targets = family_in(folder).target_regex(list(quantization.parts))
+        options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
+    elif stored == PACKAGE:
+        check_installed(f"{folder}, stored in 4 or 8 bits,", "take the whole checkpoint")
+    if quantization or stored:
+        options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
     try:
         with no_progress_bars():
             model, info = AutoModelForImageTextToText.from_pretrained(
-                folder,
-                dtype=dtype,
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-                output_loading_info=True,
+                folder, use_safetensors=True, output_loading_info=True, **options
             )
-    except (OSError, RuntimeError) as error:
+    except (OSError, RuntimeError, ImportError, ValueError) as error:
         raise InputError(f"{folder}: weights cannot be loaded ({' '.join(str(error).split())[:300]})") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} weights are missing from the files, first {missing[0]}")
     model = _with_fast_patches(model)
+    if "device_map" in options:  # the weights are where they belong
+        settle(model, dtype)
+        return _dequantized(model, dtype) if whole and stored else model
     return model if device is None else model.to(device)
+
+
+def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    model = model.dequantize(dtype)
+    # transformers (5.23) would try to undo when saving what it did when loading, and cannot
+    model._weight_conversions = [
+        step
+        for step in model._weight_conversions
+        if not any(type(operation).__name__.startswith("Bnb") for operation in getattr(step, "operations", []))
+    ]
+    return model
+
+
+def stored_quantization(folder: Path) -> str | None:
+    """The method by which the weights in `folder` are stored rounded, such as bitsandbytes; None for whole ones."""
+    return (read_config(folder).get("quantization_config") or {}).get("quant_method")
+
+
+def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The modules of a checkpoint, without memory for their weights."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def fresh_base(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -268,8 +342,23 @@ def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, tor
     write_text(path, json.dumps(config, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
 
 
+def save_processor(processor: Any, folder: Path, policy: ImagePolicy) -> None:
+    """Beside a whole model: for vLLM and others that prepare pictures by the checkpoint's own settings.
+
+    Their minimum is then ours: by Qwen2-VL's, 56 x 56 pixels, a small formula would be six visual tokens. What mode
+    "fixed" does cannot be said there.
+    """
+    image_processor = processor.image_processor
+    if policy.mode == "fit" and "shortest_edge" in dict(image_processor.size):
+        edges = {"shortest_edge": policy.min_visual_tokens, "longest_edge": policy.max_visual_tokens}
+        sizes = {name: tokens * policy.cell**2 for name, tokens in edges.items()}
+        image_processor.size = type(image_processor.size)(**sizes)
+    processor.save_pretrained(folder)
+
+
 def greedy_config(processor: Any, family: Family) -> GenerationConfig:
-    """Plain greedy decoding up to the family's end token.
+    """Plain greedy decoding up to the family's end token, or up to the tokenizer's own, with which an untrained base
+    of a family whose template writes another one ends.
 
     Published checkpoints carry sampling settings and a repetition penalty meant for chat; a penalty ruins formulas,
     whose tokens repeat by nature.
@@ -277,7 +366,8 @@ def greedy_config(processor: Any, family: Family) -> GenerationConfig:
     tokenizer = processor.tokenizer
     end_id = tokenizer.convert_tokens_to_ids(family.end_token)
     pad_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end_id
-    return GenerationConfig(do_sample=False, eos_token_id=end_id, pad_token_id=pad_id, repetition_penalty=1.0)
+    ends = end_id if tokenizer.eos_token_id in (None, end_id) else [end_id, tokenizer.eos_token_id]
+    return GenerationConfig(do_sample=False, eos_token_id=ends, pad_token_id=pad_id, repetition_penalty=1.0)
 
 
 def inner_model(model: Any) -> Any:
@@ -286,9 +376,27 @@ def inner_model(model: Any) -> Any:
 
 
 def add_lora(
-    model: PreTrainedModel, family: Family, *, components: list[str], r: int, alpha: int, dropout: float
+    model: PreTrainedModel,
+    family: Family,
+    *,
+    components: list[str],
+    r: int,
+    alpha: int,
+    dropout: float,
+    pattern: str | None = None,
+    **variant: Any,
 ) -> PeftModel:
-    """Wrap `model` with fresh LoRA adapters on the linear layers of the named components.
+    """Wrap `model` with fresh LoRA adapters on the linear layers (or stacked experts) of the named components.
+
+    Args:
+        model: the base.
+        family: tells what the components are.
+        components: parts, kinds, or parts of parts; see `Family.targets`.
+        r: rank.
+        alpha: scale.
+        dropout: before the adapter.
+        pattern: in place of the components, a regular expression over whole paths of layers.
+        variant: further fields of `peft.LoraConfig`.
 
     Raises:
         InputError: an unknown component, or one in which nothing matches.
@@ -297,29 +405,92 @@ def add_lora(
         raise InputError(
             f"lora_r {r}, lora_alpha {alpha}, lora_dropout {dropout}: needs r >= 1, alpha > 0, 0 <= dropout < 1"
         )
+    if pattern is not None:
+        _check_pattern(model, family, pattern)
+    layers: set[str] = set()
+    stacked: set[str] = set()  # experts in one parameter, which is no layer
+    for component in [] if pattern else components:
+        matches = re.compile(family.target_regex([component])).fullmatch
+        found = {name for name, _ in model.named_modules() if matches(f".{name}")}
+        parameters = {name for name, _ in model.named_parameters() if matches(f".{name}")}
+        if not found | parameters:
+            raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
+        layers, stacked = layers | found, stacked | parameters
+    if stacked and (dropout or variant.get("use_dora")):
+        raise InputError(
+            f"{' '.join(components)} of {family.name} names experts that are stacked in one parameter, where neither "
+            "dropout nor DoRA is possible: --lora_dropout 0 --use_dora false"
+        )
     config = LoraConfig(
         task_type="CAUSAL_LM",
-        target_modules=family.target_regex(components),
+        target_modules=pattern or (family.target_regex(components) if layers else None),
+        target_parameters=sorted(stacked) or None,
         r=r,
         lora_alpha=alpha,
         lora_dropout=dropout,
         bias="none",
+        **variant,
     )
-    for component in components:
-        if not any(re.fullmatch(family.lora_targets[component], f".{name}") for name, _ in model.named_modules()):
-            raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
     return get_peft_model(model, config)
+
+
+def _check_pattern(model: PreTrainedModel, family: Family, pattern: str) -> None:
+    modules = dict(model.named_modules())
+    matches = _expression(pattern, "lora_pattern").fullmatch
+    found = [name for name in modules if matches(name)]
+    for name in found:
+        if not isinstance(modules[name], torch.nn.Linear):
+            raise InputError(f"lora_pattern {pattern!r} also matches {name or 'the whole model'}, no linear layer")
+    if not found:
+        linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
+        shapes = dict.fromkeys(re.sub(r"\b\d+\b", r"\\d+", name) for name in linear)
+        raise InputError(
+            f"lora_pattern {pattern!r} matches no layer of {family.name}"
+            f"{nearest(pattern, shapes, cutoff=0.4) or f'; layers are called like {linear[0]}'}"
+        )
+
+
+def freeze(model: PreTrainedModel, family: Family, patterns: list[str]) -> None:
+    """Train all of `model` but what a pattern names: frozen parts of a model are not differentiated.
+
+    Args:
+        model: as loaded.
+        family: tells the parts.
+        patterns: parts (`Family.parts`), or regular expressions found in the parameters' names.
+
+    Raises:
+        InputError: a pattern that matches nothing, or nothing is left.
+    """
+    model.requires_grad_(True)
+    names = dict(model.named_parameters())
+    for pattern in [*patterns, *family.never_trained]:
+        is_part, search = pattern in family.parts, _expression(pattern, "freeze").search
+        found = [name for name in names if (family.part_of(name) == pattern if is_part else search(name))]
+        if not found:
+            words = dict.fromkeys(word for name in names for word in name.split(".") if not word.isdigit())
+            known = [*family.parts, *words]
+            raise InputError(f"freeze: {pattern!r} matches no parameter of {family.name}{nearest(pattern, known)}")
+        for name in found:
+            names[name].requires_grad_(False)
+    if not any(parameter.requires_grad for parameter in names.values()):
+        raise InputError(f"freeze: {' '.join(patterns)} leave nothing to train")
+
+
+def _expression(pattern: str, option: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise InputError(f"{option}: {pattern!r} is no regular expression ({error})") from error
 
 
 def trainable_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     """Where the trainable parameters sit: part of the model -> (number of parameters, number of modules)."""
+    family = family_of(inner_model(model).config.model_type)
     parameters: Counter[str] = Counter()
     modules: dict[str, set[str]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            part = "vision" if ".visual." in name else "language" if ".language_model." in name else "other"
-            if ".visual." in name and "merger" in name:
-                part = "merger"
+            part = family.part_of(name)
             parameters[part] += parameter.numel()
             modules.setdefault(part, set()).add(name.split(".lora_")[0])
     return {part: (count, len(modules[part])) for part, count in parameters.items()}
@@ -339,6 +510,9 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
             f"{adapter}: trained on another base model ({contract.base_model}, {contract.model_type}), "
             f"given {base_folder} ({read_config(base_folder).get('model_type')})"
         )
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+    new_tokens = itertools.chain.from_iterable((config.get("trainable_token_indices") or {}).values())
+    add_rows(model, max(new_tokens, default=-1) + 1)
     try:
         peft_model = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
@@ -349,7 +523,17 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
     if saved != expected:
         first = sorted(saved ^ expected)[0]
         raise InputError(f"{adapter}: {len(saved ^ expected)} tensors do not fit {base_folder}, first {first}")
+    train_rows(peft_model)
     return peft_model
+
+
+@torch.no_grad()
+def take_rounded(model: torch.nn.Module, rounded: torch.nn.Module) -> None:
+    """Give the linear layers of `model` the values of those that are in 4 or 8 bits in `rounded`."""
+    whole = dict(model.named_modules())
+    for name, module in rounded.named_modules():
+        if isinstance(module, torch.nn.Linear) and not module.weight.is_floating_point():
+            whole[name].weight.copy_(dequantize_module_weight(module))
 
 
 def check_adapter(adapter: Path) -> Contract | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latexocr.errors import InputError
+from latexocr.quantization import Quantization
 
 if TYPE_CHECKING:
     import torch
@@ -64,6 +65,7 @@ class LatexOCR:
         dtype: str | torch.dtype | None = None,
         prompt: str | None = None,
         hub: Literal["modelscope", "huggingface"] = "modelscope",
+        base_bits: Literal[4, 8, 16] | None = None,
         trust_remote_code: bool = False,
     ) -> LatexOCR:
         """Load a base or merged checkpoint, with an adapter or without.
@@ -76,6 +78,8 @@ class LatexOCR:
             dtype: "float32", "bfloat16", ...; bfloat16 by default where the device has it.
             prompt: another instruction than the checkpoint was trained with.
             hub: where a hub id is downloaded from.
+            base_bits: 4 or 8 rounds the base model's weights while they are loaded (bitsandbytes), 16 takes whole
+                ones; as the adapter was trained by default.
             trust_remote_code: run Python code that comes with a checkpoint.
 
         Raises:
@@ -84,13 +88,14 @@ class LatexOCR:
         import torch
 
         from latexocr import modeling
+        from latexocr.checkpoint import ADAPTER_CONFIG
         from latexocr.config import PROMPT
         from latexocr.contract import Contract
         from latexocr.images import ImagePolicy
         from latexocr.preprocess import Preprocessor
 
         path = path or adapter or bundled_base()
-        if adapter in (None, path) and (Path(path) / modeling.ADAPTER_CONFIG).is_file():
+        if adapter in (None, path) and (Path(path) / ADAPTER_CONFIG).is_file():
             adapter = Path(path)
             contract = modeling.check_adapter(adapter)
             if contract is None:
@@ -106,16 +111,19 @@ class LatexOCR:
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         if isinstance(dtype, str):
             dtype = getattr(torch, dtype)
+        source, contract = base_folder, Contract.load(base_folder)
+        if adapter is not None:
+            contract = Contract.load(Path(adapter)) or contract
         model = modeling.load_base(
             base_folder,
             dtype=dtype or modeling.default_dtype(device),
             device=device,
+            quantization=_quantization(base_bits, contract),
+            whole=base_bits == 16,
             trust_remote_code=trust_remote_code,
         )
-        source, contract = base_folder, Contract.load(base_folder)
         if adapter is not None:
             model = modeling.load_adapter(model, Path(adapter), base_folder)
-            contract = Contract.load(Path(adapter)) or contract
             if (Path(adapter) / "tokenizer_config.json").is_file():
                 source = Path(adapter)
         processor = modeling.load_processor(source, trust_remote_code=trust_remote_code)
@@ -296,6 +304,14 @@ class LatexOCR:
         return config
 
 
+def _quantization(bits: int | None, contract: Contract | None) -> Quantization | None:
+    """What `base_bits` means for a checkpoint."""
+    trained = contract.quantization if contract else None
+    if bits is None:
+        return trained
+    return None if bits == 16 else Quantization(bits, trained.parts if trained else ("language",))
+
+
 def bundled_base() -> Path:
     """The folder of the base model that comes with a checkout; that it is used is said once.
 
@@ -338,6 +354,7 @@ def predict(
     prompt: str | None = None,
     device: str | None = None,
     hub: Literal["modelscope", "huggingface"] = "modelscope",
+    base_bits: Literal[4, 8, 16] | None = None,
     trust_remote_code: bool = False,
 ) -> None:
     """Print one line of LaTeX for every image; blank and doubtful ones are named on stderr.
@@ -356,6 +373,8 @@ def predict(
         prompt: another instruction than the checkpoint was trained with.
         device: cpu, cuda, ... (default: a GPU when there is one).
         hub: where a hub id is downloaded from.
+        base_bits: 4 or 8 rounds the base model's weights while they are loaded (bitsandbytes), 16 takes whole ones
+            (default: as the adapter was trained).
         trust_remote_code: run Python code that comes with a checkpoint.
     """
     if stream and json:
@@ -364,8 +383,9 @@ def predict(
         if not Path(image).is_file():
             raise InputError(f"{image}: no such image file")
     ocr = LatexOCR.from_pretrained(
-        model, adapter=adapter, device=device, prompt=prompt, hub=hub, trust_remote_code=trust_remote_code
-    )
+        model, adapter=adapter, device=device, prompt=prompt, hub=hub, base_bits=base_bits,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "min_p": min_p}
     if stream:
         for image in images:

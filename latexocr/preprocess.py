@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -87,6 +87,7 @@ class Preprocessor:
         family: facts about the model family.
         policy: how a picture becomes a canvas of whole cells.
         prompt: the instruction beside the picture, where a record has none of its own.
+        new_tokens: tokens that this training adds -> the ones that each was made of until now.
         supervised_turns: which answers of a conversation are trained.
         empty_thinking: answers without reasoning begin with an empty `<think>` block.
         positions_per_second: of a video, for families that place its frames by time (config.json's tokens_per_second).
@@ -96,6 +97,7 @@ class Preprocessor:
     family: Family
     policy: ImagePolicy
     prompt: str
+    new_tokens: dict[int, list[int]] = field(default_factory=dict)
     supervised_turns: Literal["all", "last"] = "all"
     empty_thinking: bool = False
     positions_per_second: float = 2.0
@@ -118,12 +120,8 @@ class Preprocessor:
         if self.is_plain(record):
             return self.sample(record.media[0].load(), record.text, record.where, as_bytes=as_bytes)
         encoded = self._encode(record)
-        sample = {
-            "input_ids": encoded.input_ids,
-            "attention_mask": np.ones_like(encoded.input_ids),
-            "mm_token_type_ids": encoded.token_types,
-            "labels": np.where(encoded.supervised, encoded.input_ids, IGNORED),
-        }
+        sample = self._inputs(encoded.input_ids)
+        sample["labels"] = np.where(encoded.supervised, encoded.input_ids, IGNORED)
         sample["labels"][0] = IGNORED  # nothing stands before it in its sequence
         return {**_tensors(sample), **self._shown(record, encoded, as_bytes=as_bytes)}
 
@@ -138,12 +136,7 @@ class Preprocessor:
         if record.turns[0].role == "document":
             raise InputError(f"{record.where}: a text with markers asks nothing; give it an 'answer' to evaluate it")
         encoded = self._encode(replace(record, turns=record.turns[:-1]))  # a prompt: nothing in it is supervised
-        sample = {
-            "input_ids": encoded.input_ids,
-            "attention_mask": np.ones_like(encoded.input_ids),
-            "mm_token_type_ids": encoded.token_types,
-        }
-        return {**_tensors(sample), **self._shown(record, encoded, as_bytes=as_bytes)}
+        return {**_tensors(self._inputs(encoded.input_ids)), **self._shown(record, encoded, as_bytes=as_bytes)}
 
     def is_plain(self, record: Record) -> bool:
         """Whether all but the answer and the picture's size is the same as for other such records."""
@@ -217,11 +210,14 @@ class Preprocessor:
         """What a token has, in numpy, where short arrays cost less than in torch."""
         num_tokens = int(grid_thw.prod()) // self.patches_per_token
         before, after = self._prompt_halves
-        input_ids = np.concatenate([before, np.full(num_tokens, self.processor.image_token_id), after])
+        return self._inputs(np.concatenate([before, np.full(num_tokens, self.processor.image_token_id), after]))
+
+    def _inputs(self, input_ids: np.ndarray) -> dict[str, np.ndarray]:
+        """What a model wants to know of each token."""
         return {
             "input_ids": input_ids,
             "attention_mask": np.ones_like(input_ids),
-            "mm_token_type_ids": (input_ids == self.processor.image_token_id).astype(np.int64),
+            **{key: np.isin(input_ids, ids).astype(np.int64) for key, ids in self._image_ids.items()},
         }
 
     def answers(self, texts: Sequence[str], wheres: Sequence[str | None]) -> list[list[int]]:
@@ -316,7 +312,9 @@ class Preprocessor:
             prompt = self._render(messages, add_generation_prompt=True)
             messages.append(self._message(turn))
             whole = self._render(messages)
-            answer = _answer(messages[-1]["content"][0]["text"] + self.family.end_token, prompt, whole)
+            unthought = prompt.removesuffix(self.family.empty_reasoning)  # as finished conversations have it
+            said = messages[-1]["content"][0]["text"] + self.family.end_token
+            answer = _answer(said, prompt, whole) or _answer(said, unthought, whole)
             if answer is None:
                 raise InputError(f"{record.where}: {self._changed(whole, prompt, turn.text)}")
             if not prompt.startswith(written):
@@ -324,7 +322,7 @@ class Preprocessor:
                     f"{record.where}: the chat template rewrites earlier turns; add --supervised_turns last"
                 )
             spans.append((prompt[len(written) :], answer))
-            written = prompt + answer
+            written = whole[: whole.index(answer, len(unthought)) + len(answer)]
         if record.turns[-1].role != "assistant":  # a prompt
             spans.append((self._render(messages, add_generation_prompt=True)[len(written) :], ""))
         return spans
@@ -473,9 +471,10 @@ class Preprocessor:
 
     def _rendering_error(self, text: str) -> str | None:
         whole = self._render([*self._messages, {"role": "assistant", "content": [{"type": "text", "text": text}]}])
-        if whole.startswith(self._prompt_text + text + self.family.end_token):
+        prompt = self._prompt_text.removesuffix(self.family.empty_reasoning)
+        if whole.startswith(prompt + text + self.family.end_token):
             return None
-        return self._changed(whole, self._prompt_text, text)
+        return self._changed(whole, prompt, text)
 
     @staticmethod
     def _changed(whole: str, prompt: str, text: str) -> str:
@@ -506,6 +505,13 @@ class Preprocessor:
     def _special_ids(self) -> frozenset[int]:
         tokens = self.processor.tokenizer.added_tokens_decoder
         return frozenset(index for index, token in tokens.items() if token.special)
+
+    @cached_property
+    def _image_ids(self) -> dict[str, list[int]]:
+        """Key of a batch -> ids of the tokens that are of type 1 (image) in it."""
+        image, tokenizer = self.processor.image_token_id, self.processor.tokenizer
+        framed = [image, *tokenizer.convert_tokens_to_ids(list(self.family.framing_tokens))]
+        return {key: [image] if key == "mm_token_type_ids" else framed for key, _ in self.family.padded}
 
     @cached_property
     def _messages(self) -> list[dict]:

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
-from peft import PeftModel
-
+from latexocr.checkpoint import ADAPTER_WEIGHTS, MODEL_WEIGHTS, TRAINER_STATE
 from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.metrics_file import METRICS_FILE
-from latexocr.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS, MODEL_WEIGHTS, check_adapter
 from latexocr.train_config import TrainConfig
 
 logger = logging.getLogger(__name__)
-TRAINER_STATE = "trainer_state.json"
 LEFT_BEHIND = (METRICS_FILE, "adapter", "model", "validation", "evaluation")  # by a run, besides checkpoints
 
 
@@ -58,8 +53,8 @@ def _newest_complete_checkpoint(config: TrainConfig) -> Path:
     raise InputError(f"{output_dir}: no checkpoint to resume from; leave out --resume_from_checkpoint")
 
 
-def check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
-    """Resuming goes on with the same base, prompt, pictures and (with LoRA) adapter shape.
+def check_same_run(checkpoint: Path, contract: Contract) -> None:
+    """Resuming goes on with the same base, prompt, pictures and trained parameters.
 
     Raises:
         InputError: something differs; it is named.
@@ -71,16 +66,10 @@ def check_same_run(checkpoint: Path, contract: Contract, model: Any) -> None:
         "base model": (saved.base_fingerprint, contract.base_fingerprint),
         "prompt": (saved.prompt, contract.prompt),
         "image options": (saved.image_policy, contract.image_policy),
+        "load_in_4bit, load_in_8bit or quantized_parts": (saved.quantization, contract.quantization),
     }
-    if isinstance(model, PeftModel):
-        check_adapter(checkpoint)
-        adapter = json.loads((checkpoint / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-        lora = model.peft_config["default"]
-        pairs |= {
-            "lora_r": (adapter["r"], lora.r),
-            "lora_alpha": (adapter["lora_alpha"], lora.lora_alpha),
-            "lora_components": (adapter["target_modules"], lora.target_modules),
-        }
+    before, now = (found.training.get("recipe", {}) for found in (saved, contract))
+    pairs |= {name: (before.get(name), now.get(name)) for name in before | now}
     different = [name for name, (before, now) in pairs.items() if before != now]
     if different:
         raise InputError(

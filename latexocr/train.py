@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,18 +25,22 @@ from peft import PeftModel
 from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
+from latexocr.checkpoint import TRAINER_STATE
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
+from latexocr.families import Family
 from latexocr.formats import Access
 from latexocr.images import ImagePolicy
+from latexocr.initialisation import loftq, pissa
 from latexocr.metrics.fields import check_fields
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
     family_in,
+    freeze,
     fresh_base,
     greedy_config,
     inner_model,
@@ -45,10 +50,12 @@ from latexocr.modeling import (
     resolve_checkpoint,
     trainable_parameters,
 )
+from latexocr.new_tokens import add_tokens, make_room, read_words, token_indices, train_rows
+from latexocr.optimizers import learning_rates
 from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
+from latexocr.quantization import num_weights
 from latexocr.records import read_records
 from latexocr.run_folder import (
-    TRAINER_STATE,
     check_output_dir,
     check_same_run,
     checkpoint_to_resume,
@@ -78,30 +85,37 @@ class TrainResult:
     """What a training leaves behind.
 
     Args:
-        adapter_dir: the best adapter (by `metric_for_best_model`; the last one without validation), or with
-            `finetuning="full"` the best model.
+        adapter_dir: the best adapter (by `metric_for_best_model`; the last one without validation); None with
+            `finetuning="full"`.
         metrics: the final training loss and the best checkpoint's evaluation.
+        model_dir: the best model, an ordinary checkpoint, with `finetuning="full"`; else None.
         num_dropped: overlong training records left out.
         stopped_by: number of the signal that ended training early, else 0; continue with
             `resume_from_checkpoint=True`.
         is_main_process: False on the other ranks of a distributed run.
     """
 
-    adapter_dir: Path
+    adapter_dir: Path | None
     metrics: dict[str, float]
+    model_dir: Path | None = None
     num_dropped: int = 0
     stopped_by: int = 0
     is_main_process: bool = True
 
+    @property
+    def trained_dir(self) -> Path:
+        """`adapter_dir` or `model_dir`, whichever there is."""
+        return self.adapter_dir or self.model_dir
+
     def __str__(self) -> str:
         if self.stopped_by:
             return (
-                f"stopped by signal {self.stopped_by}: {self.adapter_dir} written; "
+                f"stopped by signal {self.stopped_by}: {self.trained_dir} written; "
                 "go on with --resume_from_checkpoint true"
             )
         shown = {name: value for name, value in self.metrics.items() if "loss" in name or name in BEST_SHOWN}
         scores = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        return f"{self.adapter_dir.name}: {self.adapter_dir}  {scores}"
+        return f"{self.trained_dir.name}: {self.trained_dir}  {scores}"
 
 
 BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu", "eval_glyph_f1")
@@ -127,9 +141,7 @@ def train(config: TrainConfig) -> TrainResult:
     data = load_data(config)
     checkpoint = checkpoint_to_resume(config)
     output_dir = check_output_dir(config, checkpoint)
-    model, contract = load_model(config, data)
-    if checkpoint:
-        check_same_run(checkpoint, contract, model)
+    model, contract = load_model(config, data, checkpoint)
     training, validation = data.training, data.validation
     with _tracked(config, output_dir, checkpoint) as tracker, StopSignal() as stop:
         trainer = build_trainer(
@@ -151,18 +163,19 @@ def train(config: TrainConfig) -> TrainResult:
             trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
         if stop.received:
             tracker.finish_as("aborted", f"signal {stop.received} at step {trainer.state.global_step}")
-            adapter_dir = output_dir / f"checkpoint-{trainer.state.global_step}"
+            trained_dir = output_dir / f"checkpoint-{trainer.state.global_step}"
         else:
-            adapter_dir = output_dir / FINAL[config.finetuning]
-            trainer.save_model(str(adapter_dir))
+            trained_dir = output_dir / FINAL[config.finetuning]
+            trainer.save_model(str(trained_dir))
             if cache:
                 cache.remove()
         evaluation = {} if stop.received else _evaluate_kept(trainer, output_dir)
         if trainer.is_world_process_zero() and tracker.run.get("mode") == "local":
             logger.info(f"dashboard: {dashboard_command(output_dir / 'swanlog')}")
     return TrainResult(
-        adapter_dir=adapter_dir,
+        adapter_dir=trained_dir if config.finetuning == "lora" else None,
         metrics=_final_metrics(trainer) | evaluation,
+        model_dir=trained_dir if config.finetuning == "full" else None,
         num_dropped=trainer.train_dataset.num_dropped if config.streaming else len(training.dropped),
         stopped_by=stop.received,
         is_main_process=trainer.is_world_process_zero(),
@@ -200,50 +213,122 @@ def load_data(config: TrainConfig) -> Data:
     return Data(base_folder, preprocessor, training, validation, batches)
 
 
-def load_model(config: TrainConfig, data: Data) -> tuple[PeftModel | PreTrainedModel, Contract]:
-    """The base with a fresh adapter or ready to be trained as a whole, and the contract of all its checkpoints."""
+def load_model(
+    config: TrainConfig, data: Data, checkpoint: Path | None = None
+) -> tuple[PeftModel | PreTrainedModel, Contract]:
+    """The base with a fresh adapter or ready to be trained as a whole, and the contract of all its checkpoints.
+
+    Args:
+        config: says what is trained.
+        data: tells the base's folder and family.
+        checkpoint: of the run that is to go on.
+
+    Raises:
+        InputError: what is to be trained, frozen or learnt at another rate is not there, or the run was another one.
+    """
     family = data.preprocessor.family
-    set_seed(config.seed)
-    load = _load_with_lora if config.finetuning == "lora" else _load_whole
-    model = load(config, data)
-    inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
-    inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     contract = Contract(
         base_model=_lasting_name(config.model_name_or_path),
         hub=config.hub,
+        quantization=config.quantization,
         base_fingerprint=(config_fingerprint if config.init_from_config else fingerprint)(data.base_folder),
         model_type=family.model_types[0],
         prompt=config.prompt,
         image_policy=data.preprocessor.policy,
         end_token=family.end_token,
-        training=(
-            {"streamed": str(config.train_json)}
-            if config.streaming
-            else {"train_records": len(data.training.records), "dropped": len(data.training.dropped)}
-        ),
+        training=_training_facts(config, data),
     )
+    if checkpoint:
+        check_same_run(checkpoint, contract)
+    set_seed(config.seed)
+    model = _load_with_lora(config, data, checkpoint) if config.finetuning == "lora" else _load_whole(config, data)
+    if config.router_aux_loss_coef is not None:
+        ask_for_router_loss(inner_model(model).config, family, config.router_aux_loss_coef)
+    seeing = " and ".join(part for part in trainable_parameters(model) if part in ("vision", "merger"))
+    if config.cache_vision_features and seeing:
+        raise InputError(f"cache_vision_features needs frozen vision and merger, but this trains {seeing}")
+    learning_rates(model, family, config)
+    inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
+    inner_model(model).generation_config.max_new_tokens = config.max_new_tokens
     return model, contract
 
 
-def _load_with_lora(config: TrainConfig, data: Data) -> PeftModel:
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
+def _training_facts(config: TrainConfig, data: Data) -> dict[str, Any]:
+    """What people will want to know of the run; files by their last two names, because checkpoints are given away."""
+    known = {"train_records": len(data.training.records), "dropped": len(data.training.dropped)}
+    facts = {
+        "train_json": _short(config.train_json),
+        **({} if config.streaming else known),
+        "recipe": config.recipe,
+        "options": config.notable,
+    }
+    if data.validation:
+        num_records = len(data.validation.records)
+        facts |= {
+            "val_json": _short(config.val_json),
+            "val_records": num_records,
+            "generated_records": min(num_records, config.eval_generate_samples),
+        }
+    return facts
+
+
+def _short(path: str) -> str:
+    return "/".join(Path(path).parts[-2:])
+
+
+def ask_for_router_loss(config: Any, family: Family, weight: float) -> None:
+    """Let a mixture of experts give its router loss, see `latexocr.loss`.
+
+    Raises:
+        InputError: the family has no experts, or a negative weight.
+    """
+    if not family.routed or weight < 0:
+        raise InputError(f"router_aux_loss_coef {weight}: needs a mixture of experts and 0 or more ({family.name})")
+    text = config.get_text_config()
+    text.output_router_logits, text.router_aux_loss_coef = weight > 0, weight
+
+
+def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) -> PeftModel:
+    dtype = config.frozen_dtype
     with _kernels_compiled(config, dtype):
-        return add_lora(
-            load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code),
+        base = load_base(
+            data.base_folder,
+            dtype=dtype,
+            device=config.device if config.quantization else None,
+            quantization=config.quantization,
+            trust_remote_code=config.trust_remote_code,
+        )
+        pieces = data.preprocessor.new_tokens
+        make_room(base, pieces)
+        model = add_lora(
+            base,
             data.preprocessor.family,
             components=config.lora_components,
+            pattern=config.lora_pattern,
             r=config.lora_r,
             alpha=config.lora_alpha,
             dropout=config.lora_dropout,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            trainable_token_indices=token_indices(base, pieces) if pieces else None,
         )
+    train_rows(model)
+    if config.lora_init == "pissa":
+        model.pissa_start = pissa(model, checkpoint, config.device)
+    elif config.lora_init == "loftq":
+        loftq(model, load_base(data.base_folder, dtype=dtype), config.device)
+    return model
 
 
 def _load_whole(config: TrainConfig, data: Data) -> PreTrainedModel:
     """In float32: steps are smaller than what bfloat16 can tell apart; autocast computes with rounded copies."""
     if config.init_from_config:
-        return fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
-    model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
-    return model.requires_grad_(True)
+        model = fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
+    else:
+        model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+    make_room(model, data.preprocessor.new_tokens)
+    freeze(model, data.preprocessor.family, config.freeze)
+    return model
 
 
 def _kernels_compiled(config: TrainConfig, dtype: torch.dtype) -> AbstractContextManager:
@@ -266,10 +351,8 @@ def build_trainer(
 ) -> FormulaTrainer:
     """The trainer over `data`, ready to train; nothing is written yet."""
     processor, family = data.preprocessor.processor, data.preprocessor.family
-    if config.cuda_graphs and not (family.grid_free or (config.cache_vision_features and not family.deepstack)):
-        logger.info(
-            f"steps are not captured as CUDA graphs: the vision tower of {family.name} asks the host for sizes"
-        )
+    if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
+        logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
     if config.cuda_graphs and data.training.records.kinds.talk:
         logger.info("steps are not captured as CUDA graphs: not all records are one picture and its answer")
@@ -316,15 +399,29 @@ def _stream(config: TrainConfig, data: Data, collate: FormulaCollator) -> Stream
     )  # fmt: skip
 
 
+def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
+    """Why a step asks the GPU for sizes, so that no graph of it can be captured; None where it does not.
+
+    Args:
+        family: of the model.
+        cached: features come in the place of pixels.
+    """
+    if family.routed:
+        return f"the experts of {family.name} get tokens by content"
+    if not (family.grid_free or (cached and not family.deepstack)):
+        return f"the vision tower of {family.name} asks the host for sizes"
+    return None
+
+
 def announce(
     trainer: FormulaTrainer, training: Selection, validation: Selection | None, cache: VisionCache | None = None
 ) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
     config, preprocessor = trainer.args, trainer.train_dataset.preprocessor
-    # ZeRO-3 has sharded the weights already: their own size is 0, ds_numel the whole one
-    total = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in trainer.model.parameters())
+    total = sum(num_weights(parameter) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
+    rates = learning_rates(trainer.model, preprocessor.family, config)
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
     first = "a stream, of which the first " if config.streaming else ""
     batch, steps_an_epoch, steps = count_steps(config, len(training.records), trainer.batches)
@@ -341,6 +438,8 @@ def announce(
         f"train       {first}{len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
         f"tokens a record: {_statistics(training)}",
     ]
+    if set(rates.values()) != {config.learning_rate}:
+        lines.append(f"rates       {', '.join(_shown_rates(rates, preprocessor.family))}")
     if validation:
         generated = min(len(validation.records), config.eval_generate_samples)
         lines.append(
@@ -360,10 +459,20 @@ def announce(
     return "\n".join(lines)
 
 
+def _shown_rates(rates: dict[str, float], family: Family) -> list[str]:
+    """The peak learning rates of each part, such as `vision 1e-05` or `language 0.0001 and 0.0016`."""
+    parts: dict[str, set[float]] = {}
+    for name, rate in rates.items():
+        parts.setdefault(family.part_of(name), set()).add(rate)
+    return [f"{part} {' and '.join(f'{rate:.4g}' for rate in sorted(found))}" for part, found in parts.items()]
+
+
 def _arithmetic(config: TrainConfig) -> str:
     weights = "random weights, " if config.init_from_config else ""
-    master = ", weights in float32" if config.bf16 and config.finetuning == "full" else ""
-    return f"{weights}{'bfloat16' if config.bf16 else 'float32'}{master}"
+    name = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
+    master = ", weights in float32" if name != "float32" and config.finetuning == "full" else ""
+    rounded = f", {config.quantization}" if config.quantization else ""
+    return f"{weights}{name}{master}{rounded}"
 
 
 def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:
@@ -406,8 +515,9 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
         setattr(config, option, getattr(policy, field))
     if config.prompt is None:
         config.prompt = known.prompt if known else PROMPT
+    pieces = add_tokens(processor.tokenizer, read_words(config.new_tokens))
     preprocessor = Preprocessor(
-        processor, family, policy, config.prompt, supervised_turns=config.supervised_turns,
+        processor, family, policy, config.prompt, pieces, supervised_turns=config.supervised_turns,
         empty_thinking=config.empty_thinking, positions_per_second=positions_per_second(base_folder),
     )  # fmt: skip
     return base_folder, preprocessor

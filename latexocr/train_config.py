@@ -18,11 +18,29 @@ from latexocr.lora import kernels_available, runs_kernels
 from latexocr.metrics import METRICS
 from latexocr.metrics.fields import FIELD_METRICS
 from latexocr.modeling import default_dtype
+from latexocr.quantization import Quantization, check_installed
 
 logger = logging.getLogger(__name__)
 MAX_WORKERS = 8
 # config.yaml describes a run, so that it can be given again: no secrets, and nothing about how it was started.
 NEVER_SAVED = {"hub_token", "push_to_hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
+# A model card shows these always, and of the others what is not as by default,
+SHOWN = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
+# except what is said elsewhere in `latexocr.json` and what the weights do not depend on. Names begin so.
+NOT_SHOWN = (
+    "model_name", "hub", "train_json", "val_json", "output_dir", "prompt", "image_", "min_visual", "max_visual",
+    "dataloader_", "logging_", "swanlab_", "board_", "eval_", "save_", "per_device_eval", "generate_", "greater_is",
+    "run_name", "report_to", "disable_tqdm", "use_cpu", "remove_unused", "ddp_", "log_level", "max_new_tokens",
+    "activation_checkpointing", "gradient_checkpointing", "push_to_hub", "trust_remote", "local_rank", "_n_gpu",
+    "accelerator_config", "load_best", "metric_for", "flatten", "fused_", "cuda_graphs", "cache_vision", "debug",
+    "do_", "allow_",
+)  # fmt: skip
+
+# Fields that say what is trained; a run that goes on repeats them.
+RATES = ("learning_rates", "new_tokens")
+LORA = ("lora_r", "lora_alpha", "lora_components", "lora_pattern", "lora_init", "use_rslora", "use_dora",
+        "loraplus_lr_ratio")  # fmt: skip
+RECIPE = {"lora": ("finetuning", *LORA, *RATES), "full": ("finetuning", "freeze", *RATES)}
 
 
 @dataclass
@@ -65,6 +83,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if not on_gpu:
             self.dataloader_pin_memory = False  # it only warns there
         self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
+        self._check_precision(on_gpu)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter takes part in every step
         if self.bf16 is None:
@@ -73,7 +92,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self.flatten = not on_gpu or (
                 (self.bf16 or self.fp16) and torch.cuda.get_device_capability() >= VARLEN_CAPABILITY
             )
-        self._check_vision_cache()
         if self.by_budget and not self.flatten:
             raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
         sharded = bool(self.fsdp or self.deepspeed) or any(
@@ -82,10 +100,14 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.fused_layers is None:
             self.fused_layers = on_gpu and kernels_available()
         if self.fused_loss is None:
-            self.fused_loss = not sharded and self.finetuning == "lora"  # a trained head needs a gradient
+            # a trained head needs a gradient; in float16 gradients vanish before they are scaled
+            self.fused_loss = not sharded and self.finetuning == "lora" and not self.fp16
         if self.fused_lora is None:
             self.fused_lora = self.bf16 and self.flatten and on_gpu and not sharded and runs_kernels(self.lora_r)
-            self.fused_lora = self.fused_lora and self.finetuning == "lora"
+            plain = self.finetuning == "lora" and not (self.use_dora or self.load_in_8bit)
+            self.fused_lora = self.fused_lora and plain
+            if self.use_dora and on_gpu:
+                logger.info("DoRA trains without the fused kernels for adapters and without CUDA graphs")
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.flatten and self.no_random_state and self.bf16 and not sharded
         self._check_fast(on_gpu, sharded)
@@ -96,18 +118,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.n_gpu > 1:
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
             self._n_gpu = 1  # Trainer would fall back to nn.DataParallel, which is slow and splits our batches wrongly
-
-    def _check_vision_cache(self) -> None:
-        if not self.cache_vision_features:
-            return
-        if self.finetuning == "full":
-            raise InputError("cache_vision_features needs a frozen vision tower, but --finetuning full trains it")
-        if {"vision", "merger"} & set(self.lora_components):
-            raise InputError(
-                "cache_vision_features needs a frozen vision tower, but lora_components names parts of it"
-            )
-        if self.augment:
-            raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
 
     def _check_streaming(self) -> None:
         if self.max_steps <= 0:
@@ -123,6 +133,11 @@ class TrainConfig(TrainOptions, TrainingArguments):
             self._check_streaming()
         if self.init_from_config and self.finetuning == "lora":
             raise InputError("init_from_config makes random weights: nothing to adapt; add --finetuning full")
+        self._check_trained()
+        if self.cache_vision_features and self.augment:
+            raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
+        if self.init_from_config and self.freeze:
+            raise InputError("init_from_config makes random weights, freeze keeps them so: leave one out")
         if not 0 <= self.token_corruption < 1:
             raise InputError(f"token_corruption is {self.token_corruption}, needs a share from 0 to below 1")
         if self.average_weights is not None and not 0 < self.average_weights < 1:
@@ -132,6 +147,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         for name in ("fused_loss", "fused_lora"):
             if getattr(self, name) and self.finetuning == "full":
                 raise InputError(f"{name} needs frozen weights, --finetuning full trains them: leave it out")
+        self._check_quantization()
         if self.early_stopping_patience is not None and not self.val_json:
             raise InputError("early_stopping_patience needs a val_json to watch")
         if self.eval_strategy not in (None, "no") and not self.val_json:
@@ -171,6 +187,59 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if min(self.eval_generate_samples, self.board_samples) < 0:
             raise InputError("eval_generate_samples and board_samples cannot be negative")
 
+    def _check_precision(self, on_gpu: bool) -> None:
+        if self.fp16 and self.bf16:
+            raise InputError("bf16 and fp16 exclude each other: leave fp16 out, bfloat16 needs no scaling")
+        if self.fp16 and not on_gpu:
+            raise InputError("fp16 needs a GPU; a CPU computes in float32, or with --bf16 true")
+        if self.fp16 and self.fused_loss:
+            raise InputError("fused_loss would lose small gradients in fp16: leave it out, or take --bf16 true")
+
+    def _check_trained(self) -> None:
+        """What is trained, and how it begins."""
+        plain = TrainOptions()
+        # rank and scale may stand in a YAML file that serves both
+        for name in LORA[3:] if self.finetuning == "full" else ("freeze",):
+            if getattr(self, name) != getattr(plain, name):
+                other = "lora" if self.finetuning == "full" else "full"
+                raise InputError(f"{name} is for --finetuning {other}: leave it out")
+        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio >= 1:
+            raise InputError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}, needs a number from 1, such as 16")
+        if self.lora_init == "loftq" and not self.load_in_4bit:
+            raise InputError("lora_init loftq begins with what 4 bits lose: add --load_in_4bit true")
+        if self.lora_init == "pissa" and self.quantization:
+            raise InputError("lora_init pissa changes weights, which rounded ones cannot: take --lora_init loftq")
+        if self.lora_pattern and self.lora_components != plain.lora_components:
+            raise InputError("lora_pattern takes the place of lora_components: leave one out")
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """Of frozen weights; trained ones are float32."""
+        return torch.bfloat16 if self.bf16 else torch.float16 if self.fp16 else torch.float32
+
+    @property
+    def recipe(self) -> dict[str, Any]:
+        """What is trained, and how: what a run that goes on must repeat."""
+        return {name: getattr(self, name) for name in RECIPE[self.finetuning]}
+
+    def _check_quantization(self) -> None:
+        if self.load_in_4bit and self.load_in_8bit:
+            raise InputError("load_in_4bit and load_in_8bit exclude each other: leave one out")
+        if self.quantization:
+            name = f"load_in_{self.quantization.bits}bit"
+            if self.finetuning == "full":
+                raise InputError(f"{name} rounds weights that --finetuning full trains: leave one of the two out")
+            check_installed(name)
+        if any(word in str(getattr(self.optim, "value", self.optim)) for word in ("8bit", "paged")):
+            check_installed(f"optim {getattr(self.optim, 'value', self.optim)}")
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How the base is rounded when it is loaded."""
+        if not (self.load_in_4bit or self.load_in_8bit):
+            return None
+        return Quantization(4 if self.load_in_4bit else 8, tuple(self.quantized_parts))
+
     @property
     def best_metric(self) -> str | None:
         """`metric_for_best_model` as `latexocr.metrics` names it."""
@@ -206,10 +275,14 @@ class TrainConfig(TrainOptions, TrainingArguments):
 
     def _check_fast(self, on_gpu: bool, sharded: bool) -> None:
         """Refuse what was asked for and cannot be had; where nobody asked, the defaults have seen to it."""
+        if self.fused_lora and self.use_dora:
+            raise InputError("fused_lora computes no DoRA: leave one out")
         if self.fused_lora and on_gpu and not (self.bf16 and runs_kernels(self.lora_r)):
             raise InputError("fused_lora needs bf16, Triton, and a lora_r of 16, 32, 64 or 128; leave it out")
         if self.cuda_graphs and not (on_gpu and self.flatten and self.bf16 and self.no_random_state):
             raise InputError("cuda_graphs needs a GPU, flatten, bf16, and fused_lora or full; leave it out")
+        if self.lora_init != "default" and sharded:
+            raise InputError(f"lora_init {self.lora_init} needs whole weights (no FSDP, no DeepSpeed): leave it out")
         for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights"):
             if getattr(self, name) and sharded:
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
@@ -237,11 +310,31 @@ class TrainConfig(TrainOptions, TrainingArguments):
             value = os.fspath(value) if isinstance(value, os.PathLike) else value
             default = item.default if item.default is not MISSING else None
             plain = isinstance(value, bool | int | float | str | list | type(None))
-            if item.name in NEVER_SAVED or not (plain or (item.name.endswith("kwargs") and isinstance(value, dict))):
+            mapping = isinstance(value, dict) and (item.name in OUR_NAMES or item.name.endswith("kwargs"))
+            if item.name in NEVER_SAVED or not (plain or mapping):
                 continue
             if item.name in OUR_NAMES or value != getattr(default, "value", default):
                 kept[item.name] = value
         return kept
+
+    @property
+    def notable(self) -> dict[str, Any]:
+        """Beside `recipe`, the options that made the weights what they are, for the model card."""
+        defaults = {item.name: self._default(item) for item in fields(self)}
+        options = {
+            name: value
+            for name, value in self.resolved().items()
+            if name in SHOWN or (value is not None and value != defaults[name] and not name.startswith(NOT_SHOWN))
+        }
+        options = {name: value for name, value in options.items() if name not in self.recipe}
+        if self.by_budget:
+            del options["per_device_train_batch_size"]
+        return options | ({"ranks": self.world_size} if self.world_size > 1 else {})
+
+    @staticmethod
+    def _default(item: Any) -> Any:
+        default = item.default if item.default is not MISSING else item.default_factory()
+        return getattr(default, "value", default)  # an enumeration's
 
 
 def _num_cores() -> int:

@@ -11,6 +11,7 @@ What it changes in `transformers.Trainer`, and why:
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -28,6 +29,8 @@ from transformers import GenerationConfig, PrinterCallback, ProgressCallback, Tr
 
 from latexocr.attention import VARLEN, set_attention
 from latexocr.averaging import WeightAverage
+from latexocr.card import write_card
+from latexocr.checkpoint import LOSS_METER
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
 from latexocr.decoding import decoder_for
@@ -36,11 +39,13 @@ from latexocr.evaluate import quick_scores, write_predictions
 from latexocr.generate import Generated, generate
 from latexocr.graphs import GradientBuffer, StepGraphs
 from latexocr.images import load_image
+from latexocr.initialisation import Tensors, read_difference, write_difference
 from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
-from latexocr.loss import detach_head, head_loss, supervised_loss, supervised_targets
+from latexocr.loss import detach_head, head_loss, router_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
-from latexocr.modeling import inner_model, save_for_training, save_for_use, trusted_placeholders
+from latexocr.modeling import inner_model, save_for_training, save_for_use, save_processor, trusted_placeholders
+from latexocr.optimizers import parameter_groups
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
@@ -48,7 +53,7 @@ from latexocr.streaming import Stream
 from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
-LOSS_METER = "loss_meter.json"
+logger = logging.getLogger(__name__)
 FINAL = {"lora": "adapter", "full": "model"}  # folder of what a training is for
 STOCK = "sdpa"  # attention for padded batches and for a growing cache
 Collate = Callable[[list[dict]], dict[str, Any]]
@@ -82,7 +87,10 @@ class FormulaTrainer(Trainer):
     ) -> None:
         super().__init__(compute_loss_func=supervised_loss, **kwargs)  # given, so that tokens are counted
         self.eval_collator, self.lengths = eval_collator, lengths
+        self._start: Tensors = getattr(self.model, "pissa_start", {})
         self._head = detach_head(self.model) if self.args.fused_loss else None
+        if self.args.fused_loss and self._head is None:
+            logger.info("fused_loss is left out: the output layer is trained or an unusual one")
         self._loras = FusedLoras(self.model) if self.args.fused_lora else None
         if self.args.fused_layers:
             fuse_layers(self.model)
@@ -118,6 +126,19 @@ class FormulaTrainer(Trainer):
         """Weights decay, biases and norms do not: told by their shape, because stock Trainer goes by names and
         misses some (`norm1` of Qwen2.5-VL's vision tower)."""
         return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        """The stock one, with groups of our own where learning rates differ."""
+        if self.optimizer is None and (self.args.learning_rates or self.args.loraplus_lr_ratio):
+            trained = self.model if model is None else model
+            optimizer, options = self.get_optimizer_cls_and_kwargs(self.args, trained)
+            groups = parameter_groups(
+                trained, self.train_dataset.preprocessor.family, self.args, weight_decay=self.args.weight_decay,
+                decaying=self.get_decay_parameter_names(trained),
+            )  # fmt: skip
+            # groups under this name take the place of stock Trainer's two
+            self.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
+        return super().create_optimizer(*(() if model is None else (model,)))
 
     def _get_train_sampler(self, train_dataset: FormulaDataset | None = None) -> EpochSampler:
         self._sampler = EpochSampler(
@@ -249,8 +270,12 @@ class FormulaTrainer(Trainer):
         with trusted_placeholders(self.model):
             outputs = model(**inputs, use_cache=False)
         if self._head is None:
-            return supervised_loss(outputs.logits, targets, num_items), outputs
-        return head_loss(outputs.logits, self._head, targets, num_items), outputs
+            loss = supervised_loss(outputs.logits, targets, num_items)
+        else:
+            loss = head_loss(outputs.logits, self._head, targets, num_items)
+        if self.model.training and outputs.get("aux_loss") is not None:  # validation is about tokens
+            loss = loss + router_loss(outputs, inner_model(self.model).config, targets, num_items)
+        return loss, outputs
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """Not counted: walking over all parameters at every micro-batch costs more than the number is worth."""
@@ -441,8 +466,17 @@ class FormulaTrainer(Trainer):
             self._average.apply()
         return output
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        if self._start:
+            read_difference(self.model, Path(resume_from_checkpoint), self._start)
+        else:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
     def _load_best_model(self) -> None:
-        super()._load_best_model()
+        if self._start:
+            read_difference(self.model, Path(self.state.best_model_checkpoint), self._start)
+        else:
+            super()._load_best_model()
         if self._average:
             self._average.load(Path(self.state.best_model_checkpoint))
 
@@ -467,12 +501,15 @@ class FormulaTrainer(Trainer):
         folder = Path(output_dir or self.args.output_dir)
         if self.args.finetuning == "lora":
             super()._save(output_dir, state_dict=state_dict)
+            if self._start and self.args.should_save:
+                write_difference(folder, self._start)
         elif self.args.should_save:
             save = save_for_training if self.is_in_train else save_for_use
             save(inner_model(self.model), folder, state_dict)
-            self.processing_class.save_pretrained(folder)
+            save_processor(self.processing_class, folder, self.contract.image_policy)
         if self.args.should_save:
             self.current_contract().save(folder)
+            write_card(folder)  # in place of peft's, which knows nothing of the run
 
     def current_contract(self) -> Contract:
         """The contract with the step and the evaluation that belong to the weights as they are now."""

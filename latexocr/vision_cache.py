@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from latexocr.contract import Contract, write_text
 from latexocr.errors import InputError
+from latexocr.families import family_of
 from latexocr.modeling import inner_model
 from latexocr.preprocess import Preprocessor, Selection
 from latexocr.records import Records
@@ -77,16 +78,17 @@ class FeatureFile:
 
 @dataclass
 class _Handed:
-    """What the models ask of a vision tower's output."""
+    """What the models ask of an image's features."""
 
-    pooler_output: torch.Tensor
+    pooler_output: torch.Tensor | tuple[torch.Tensor, ...]
     deepstack_features: list[torch.Tensor]
 
 
 class GivenFeatures:
-    """The vision tower of `model` hands on features that come as `pixel_values`, on during training steps only.
+    """`model` takes features that come as `pixel_values` for those of the images, during training steps only.
 
-    Instead of `mm_encoder_outputs`, which transformers 5.23 knows and 5.17 does not.
+    Instead of `mm_encoder_outputs`, which transformers 5.23 knows and 5.17 does not. With deepstack the tower itself
+    hands them on, because these versions differ in what they make of its output.
 
     Args:
         model: with or without adapter.
@@ -94,21 +96,37 @@ class GivenFeatures:
 
     def __init__(self, model: torch.nn.Module) -> None:
         inner = inner_model(model)
-        self._visual, self._width = inner.model.visual, inner.config.get_text_config().hidden_size
-        self._visual.forward = self._hand_on
+        self._width = inner.config.get_text_config().hidden_size
+        self._deepstack = family_of(inner.config.model_type).deepstack
+        self._place = (inner.model.visual, "forward") if self._deepstack else (inner.model, "get_image_features")
+        setattr(*self._place, self._hand_on)
 
-    def _hand_on(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **_: Any) -> _Handed:
-        pooler_output, *deepstack_features = hidden_states.split(self._width, dim=1)
-        return _Handed(pooler_output, deepstack_features)
+    def _hand_on(self, features: torch.Tensor, *_: Any, **__: Any) -> _Handed:
+        pooler_output, *deepstack_features = features.split(self._width, dim=1)
+        return _Handed(pooler_output if self._deepstack else (pooler_output,), deepstack_features)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """The tower looks at pixels again inside."""
-        del self._visual.forward
+        """Pixels are looked at again inside."""
+        delattr(*self._place)
         try:
             yield
         finally:
-            self._visual.forward = self._hand_on
+            setattr(*self._place, self._hand_on)
+
+
+def image_features(model: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """(visual tokens, width): what the decoder gets of images; deepstack features stand beside the others.
+
+    Args:
+        model: the transformers model.
+        pixel_values: (patches, ...) of all images.
+        grids: (images, 3) patches in time, height, width.
+    """
+    if not family_of(model.config.model_type).deepstack:
+        return torch.cat(model.model.get_image_features(pixel_values, grids).pooler_output)
+    output = model.model.visual(pixel_values, grid_thw=grids)
+    return torch.cat([output.pooler_output, *output.deepstack_features], dim=1)
 
 
 class VisionCache:
@@ -129,7 +147,7 @@ class VisionCache:
             raise InputError("cache_vision_features needs whole weights on every rank: not with FSDP or DeepSpeed")
         if selection.records.kinds.talk:
             raise InputError("cache_vision_features needs records of one picture and its answer; leave it out")
-        self.trainer, self.contract, self.deepstack = trainer, contract, preprocessor.family.deepstack
+        self.trainer, self.contract, self.patches_per_token = trainer, contract, preprocessor.patches_per_token
         self.images = _Images(selection.records, preprocessor)
         (example,) = self._features([self.images[0]])
         self.file = FeatureFile(
@@ -215,14 +233,13 @@ class VisionCache:
 
     @torch.no_grad()
     def _features(self, images: list[dict[str, torch.Tensor]]) -> tuple[torch.Tensor, ...]:
-        """Features of each image, (visual tokens, width); deepstack features stand beside the others."""
-        visual = inner_model(self.trainer.model).model.visual
+        """Features of each image, (visual tokens, width)."""
+        model = inner_model(self.trainer.model)
         pixels, grids = (torch.cat([image[key] for image in images]) for key in ("pixel_values", "image_grid_thw"))
-        sizes = (grids.prod(-1) // visual.spatial_merge_size**2).tolist()
+        sizes = (grids.prod(-1) // self.patches_per_token).tolist()
         with self.trainer.accelerator.autocast():
-            output = visual(pixels.to(visual.device, visual.dtype), grid_thw=grids.to(visual.device))
-        columns = [output.pooler_output, *(output.deepstack_features if self.deepstack else [])]
-        return torch.cat(columns, dim=1).cpu().split(sizes)
+            features = image_features(model, pixels.to(model.device, model.dtype), grids.to(model.device))
+        return features.cpu().split(sizes)
 
 
 def _version(content: Path | bytes | str) -> str:

@@ -22,7 +22,7 @@ CHROMIUM_FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
-MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
+MODEL_TYPES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "ernie4_5_vl_moe", "paddleocr_vl")
 
 
 requires_tex = pytest.mark.skipif(

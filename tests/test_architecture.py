@@ -11,15 +11,16 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors"},
-    {"sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers"},
-    {"pictures", "likeness", "sources", "formats", "config", "console", "stopping"},
+    {"checkpoint", "sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers", "quantization"},
+    {"pictures", "likeness", "sources", "formats", "config", "console", "stopping", "shapes"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar", "video"},
-    {"render", "contract", "attention", "lora"},
+    {"render", "contract", "attention", "lora", "dialects", "optimizers", "new_tokens"},
     {"layers", "page", "rasterize"},
-    {"modeling", "preprocess", "findings", "synthesize"},
+    {"modeling", "preprocess", "findings", "synthesize", "info"},
+    {"card", "upload"},
     {"collate", "streaming", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
-    {"decoding", "run_folder"},
+    {"decoding", "run_folder", "initialisation"},
     {"generate"},
     {"predict"},
     {"evaluate", "merge"},
@@ -68,7 +69,8 @@ def test_importing_is_light_and_does_nothing():
     """`latexocr` and the stages that need no model import neither torch nor transformers, and say nothing."""
     code = (
         "import sys, latexocr.cli, latexocr.config, latexocr.data2csv, latexocr.csv2json, latexocr.evaluate, "
-        "latexocr.predict, latexocr.merge, latexocr.preview, latexocr.build, latexocr.metrics, latexocr.synthesize\n"
+        "latexocr.predict, latexocr.merge, latexocr.preview, latexocr.build, latexocr.metrics, latexocr.synthesize, "
+        "latexocr.info, latexocr.card, latexocr.upload\n"
         "print(sorted({'torch', 'transformers', 'pandas', 'pyarrow', 'peft'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

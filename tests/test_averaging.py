@@ -39,7 +39,7 @@ def test_the_average_is_validated_kept_and_resumed(finetuning, config, records, 
                    eval_generate_samples=0, save_total_limit=None, output_dir=str(tmp_path / "run"))  # fmt: skip
     whole = train(config(**options))
     name = "model.safetensors" if finetuning == "full" else "adapter_model.safetensors"
-    kept = load_file(whole.adapter_dir / name)
+    kept = load_file(whole.trained_dir / name)
     best = min((row["eval_loss"], row["step"]) for row in read_metrics(tmp_path / "run") if "eval_loss" in row)[1]
     averages = load_file(tmp_path / f"run/checkpoint-{best}/average.safetensors")
     raw = load_file(tmp_path / f"run/checkpoint-{best}" / name)
@@ -50,7 +50,7 @@ def test_the_average_is_validated_kept_and_resumed(finetuning, config, records, 
     assert torch.equal(of_average.to(of_kept.dtype), of_kept) and not torch.equal(of_average, of_raw)
     resumed = train(config(**{**options, "resume_from_checkpoint": str(tmp_path / "run/checkpoint-4")}))
     assert resumed.metrics["eval_loss"] == whole.metrics["eval_loss"]
-    assert all(torch.equal(value, kept[key]) for key, value in load_file(resumed.adapter_dir / name).items())
+    assert all(torch.equal(value, kept[key]) for key, value in load_file(resumed.trained_dir / name).items())
 
 
 def test_clipping_the_buffer_is_clipping_its_gradients():

@@ -95,6 +95,18 @@ def test_job(data, tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs: pip install bitsandbytes")
+def test_full_size(data, tiny):
+    """What was saved has the loss of the last validation."""
+    found = run("full_size.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 4, "--lora-r", 16,
+                "--recipes", "qlora", "--batches", 2, "--options", "learning_rate=1e-3")  # fmt: skip
+    (row,) = found["results"]
+    assert row["loaded_again"] == pytest.approx(row["validation_loss"], rel=1e-5)
+    assert row["last_loss"] < row["first_loss"] and row["samples_per_second"] > 0
+    assert row["variant"] == "qlora 2x1 checkpointing" and found["options"]["lora_r"] == 16
+
+
+@pytest.mark.slow
 def test_generation(data, tiny):
     found = run("generation.py", "--data", data, "--size", "tiny", "--model", tiny, "--images", 6,
                 "--images-one-by-one", 2, "--tokens", 5, "--batch-sizes", 4)  # fmt: skip

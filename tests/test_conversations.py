@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import SAMPLE
+from conftest import MODEL_TYPES, SAMPLE
 from PIL import Image
 
 from latexocr.collate import FlattenedCollator, FormulaCollator
@@ -40,9 +40,9 @@ def chat(*turns: tuple, **more) -> dict:
 
 
 def preprocessor_of(folder: Path, **options) -> Preprocessor:
-    return Preprocessor(
-        load_processor(folder), family_in(folder), ImagePolicy(min_visual_tokens=1), "Read.", **options
-    )
+    processor = load_processor(folder)
+    cell = processor.image_processor.patch_size * processor.image_processor.merge_size
+    return Preprocessor(processor, family_in(folder), ImagePolicy(cell, min_visual_tokens=1), "Read.", **options)
 
 
 @pytest.fixture(scope="module")
@@ -152,6 +152,23 @@ def test_ids_are_the_processors_own(folder, preprocessor):
         assert sample[key].tolist() == theirs[key][0].tolist(), key
     assert torch.equal(sample["pixel_values"], theirs["pixel_values"])
     assert torch.equal(sample["image_grid_thw"], theirs["image_grid_thw"])
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_every_family_talks(model_type, tiny_models, folder):
+    """Two answers with their end tokens are supervised, and the last one's prompt is what stands before it."""
+    processor = preprocessor_of(tiny_models[model_type])
+    end = processor.processor.tokenizer.convert_tokens_to_ids(processor.family.end_token)
+    answers = [processor.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in "xy"]
+    (record,) = read_records(write(folder, TALK))
+    sample, prompt = processor(record), processor.prompt_of(record)
+    labels = sample["labels"]
+    assert labels[labels != IGNORED].tolist() == [*answers[0], end, *answers[1], end]
+    assert prompt.keys() == sample.keys() - {"labels"} and len(sample["image_grid_thw"]) == 2
+    length = len(sample["input_ids"]) - len(answers[1]) - 1
+    if not processor.family.empty_reasoning:  # else earlier prompts have a thought that finished turns lack
+        assert prompt["input_ids"].tolist() == sample["input_ids"][:length].tolist()
+    assert prompt["input_ids"][-3:].tolist() == sample["input_ids"][length - 3 : length].tolist()
 
 
 def test_a_document_is_learnt_whole(folder, preprocessor):

@@ -26,8 +26,8 @@ def reader(folder, *, lora: bool, device: str = "cpu") -> LatexOCR:
     torch.manual_seed(1)
     head = torch.nn.Linear(ocr.model.lm_head.in_features, ocr.model.lm_head.out_features, bias=False, device=device)
     ocr.model.lm_head = head  # tied to the embeddings, a random head repeats its input
-    for layer in ocr.model.model.language_model.layers:
-        layer.mlp.down_proj.weight.data *= 6
+    for name, weight in ocr.model.model.language_model.named_parameters():
+        weight.data *= 6 if "down_proj" in name else 1
     if lora:
         components = ["language", "vision"]
         ocr.model = add_lora(ocr.model, ocr.preprocessor.family, components=components, r=4, alpha=8, dropout=0.1)

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 from latexocr.metrics_file import read_metrics
+from latexocr.train import train
 
 pytestmark = pytest.mark.slow
 
@@ -99,3 +101,18 @@ def test_two_ranks_stop_together(tiny, records, tmp_path):
     assert len(list(tmp_path.glob("checkpoint-*"))) == 1
     (checkpoint,) = tmp_path.glob("checkpoint-*")
     assert (checkpoint / "latexocr.json").is_file() and (checkpoint / "rng_state_1.pth").is_file()
+
+
+def test_two_ranks_equal_one_process_with_every_variant(tiny, records, config, tmp_path):
+    """PiSSA, DoRA, LoRA+, new tokens and rates of parts, together."""
+    options = {"lora_init": "pissa", "use_dora": True, "loraplus_lr_ratio": 4, "new_tokens": [r"\frac"],
+               "max_steps": 3, "gradient_accumulation_steps": 1, "lora_components": ["attention", "merger"],
+               "learning_rates": {"new_tokens": 1e-2, "merger": 1e-4}}  # fmt: skip
+    train(config(per_device_train_batch_size=10, lora_r=64, output_dir=str(tmp_path / "one"), **options))
+    (tmp_path / "options.yaml").write_text(yaml.safe_dump({**options, "eval_strategy": "no"}))
+    launch(2, 5, tiny, records, tmp_path / "two", "--config", str(tmp_path / "options.yaml"),
+           "--gradient_accumulation_steps", "1")  # fmt: skip
+    one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
+    for key in ("loss", "grad_norm"):
+        found = [[row[key] for row in rows if key in row] for rows in (one, two)]
+        assert len(found[0]) == 3 and found[1] == pytest.approx(found[0], rel=1e-4), key

@@ -34,15 +34,15 @@ def full(config):
 
 
 def logged(result, key: str = "loss") -> list[float]:
-    return [row[key] for row in read_metrics(result.adapter_dir.parent / "metrics.jsonl") if key in row]
+    return [row[key] for row in read_metrics(result.trained_dir.parent / "metrics.jsonl") if key in row]
 
 
 def test_every_weight_moves_and_the_result_is_an_ordinary_checkpoint(full, tiny, tmp_path):
     result = train(full(max_steps=2, save_strategy="steps", save_steps=1, learning_rate=1e-2))  # seen in 16 bits
-    assert result.adapter_dir == tmp_path / "run/model"
-    for folder in (result.adapter_dir, tmp_path / "run/checkpoint-1"):
+    assert result.model_dir == tmp_path / "run/model"
+    for folder in (result.model_dir, tmp_path / "run/checkpoint-1"):
         assert {path.name for path in folder.iterdir()} >= MODEL_FILES
-    before, after = load_file(tiny / "model.safetensors"), load_file(result.adapter_dir / "model.safetensors")
+    before, after = load_file(tiny / "model.safetensors"), load_file(result.model_dir / "model.safetensors")
     assert before.keys() == after.keys()  # the hub's names
     assert {value.dtype for value in after.values()} == {torch.bfloat16}
     assert [name for name in after if torch.equal(before[name].bfloat16(), after[name])] == []
@@ -50,7 +50,7 @@ def test_every_weight_moves_and_the_result_is_an_ordinary_checkpoint(full, tiny,
     assert {value.dtype for value in resumable.values()} == {torch.float32}
     from transformers import AutoModelForImageTextToText
 
-    assert AutoModelForImageTextToText.from_pretrained(result.adapter_dir, dtype="auto").dtype == torch.bfloat16
+    assert AutoModelForImageTextToText.from_pretrained(result.model_dir, dtype="auto").dtype == torch.bfloat16
 
 
 def test_resumed_equals_uninterrupted(full, records, tmp_path):
@@ -59,14 +59,14 @@ def test_resumed_equals_uninterrupted(full, records, tmp_path):
                    val_json=str(records["val"]), token_corruption=0.3, save_total_limit=None, logging_steps=3,
                    logging_first_step=False, max_new_tokens=2, load_best_model_at_end=False)  # fmt: skip
     whole = train(full(output_dir=str(tmp_path / "whole"), **options))
-    weights = (whole.adapter_dir / "model.safetensors").read_bytes()
+    weights = (whole.model_dir / "model.safetensors").read_bytes()
     resumed = train(
         full(
             output_dir=str(tmp_path / "whole"), resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4"), **options
         )
     )
     assert logged(resumed) == logged(whole) and logged(resumed, "eval_loss") == logged(whole, "eval_loss")
-    assert (resumed.adapter_dir / "model.safetensors").read_bytes() == weights
+    assert (resumed.model_dir / "model.safetensors").read_bytes() == weights
     with pytest.raises(InputError, match=r"no adapter_model\.safetensors, so not a checkpoint of --finetuning lora"):
         train(full(finetuning="lora", output_dir=str(tmp_path / "whole"),
                    resume_from_checkpoint=str(tmp_path / "whole/checkpoint-4")))  # fmt: skip
@@ -93,7 +93,7 @@ def test_fresh_weights_need_only_a_configuration(full, tiny, tmp_path):
     result = train(full(model_name_or_path=str(shape), init_from_config=True, max_steps=8, learning_rate=1e-3))
     losses = logged(result)
     assert losses[0] > 6 and losses[-1] < 0.8 * losses[0]
-    assert load_base(result.adapter_dir, dtype=torch.float32).dtype == torch.float32
+    assert load_base(result.model_dir, dtype=torch.float32).dtype == torch.float32
     with pytest.raises(InputError, match="init_from_config makes random weights: nothing to adapt"):
         full(init_from_config=True, finetuning="lora")
 
@@ -101,12 +101,12 @@ def test_fresh_weights_need_only_a_configuration(full, tiny, tmp_path):
 def test_a_trained_model_is_the_base_of_the_next_training(full, tiny, tmp_path):
     """Two stages of full training, then an adapter on the result."""
     first = train(full(output_dir=str(tmp_path / "1"), max_steps=6, learning_rate=1e-3))
-    second = train(full(output_dir=str(tmp_path / "2"), model_name_or_path=str(first.adapter_dir), max_steps=1))
+    second = train(full(output_dir=str(tmp_path / "2"), model_name_or_path=str(first.model_dir), max_steps=1))
     assert logged(second)[0] < 0.9 * logged(first)[0]
-    third = train(full(output_dir=str(tmp_path / "3"), model_name_or_path=str(second.adapter_dir), max_steps=1,
+    third = train(full(output_dir=str(tmp_path / "3"), model_name_or_path=str(second.model_dir), max_steps=1,
                        finetuning="lora"))  # fmt: skip
     contract = json.loads((third.adapter_dir / "latexocr.json").read_text())
-    assert contract["base_model"] == str(second.adapter_dir) and third.adapter_dir.name == "adapter"
+    assert contract["base_model"] == str(second.model_dir) and third.adapter_dir.name == "adapter"
 
 
 def test_features_in_their_places_and_their_gradients():
@@ -173,9 +173,9 @@ def test_whole_models_are_taken_where_models_are(full, records, tmp_path):
     """Evaluated and asked; merge says that there is nothing to merge."""
     result = train(full(max_steps=1))
     picture = SAMPLE / "images/000000.png"
-    assert isinstance(LatexOCR.from_pretrained(result.adapter_dir)(picture, max_new_tokens=4), str)
+    assert isinstance(LatexOCR.from_pretrained(result.model_dir)(picture, max_new_tokens=4), str)
     with pytest.raises(InputError, match=r"model: no adapter_config\.json, .* \(a whole model, which --model takes"):
-        merge(result.adapter_dir, tmp_path / "merged")
+        merge(result.model_dir, tmp_path / "merged")
 
 
 def test_only_matrices_decay(tiny_models):
@@ -205,21 +205,23 @@ def test_bfloat16_arithmetic_keeps_float32_weights(full, records, tmp_path):
 
 def test_options_that_do_not_go_together(full):
     for options, message in (
-        ({"cache_vision_features": True}, "needs a frozen vision tower"),
         ({"fused_lora": True}, "fused_lora needs frozen weights"),
         ({"token_corruption": 1.0}, "needs a share from 0 to below 1"),
+        ({"init_from_config": True, "freeze": ["vision"]}, "init_from_config makes random weights, freeze keeps them"),
     ):
         with pytest.raises(InputError, match=message):
             full(**options)
+    with pytest.raises(InputError, match="needs frozen vision and merger, but this trains vision and merger"):
+        train(full(cache_vision_features=True))
 
 
 def test_prompt_and_pictures_are_those_of_the_base(full, tmp_path):
     """A whole model of ours is trained on with the prompt and sizes that it knows, unless others are given."""
     first = train(full(output_dir=str(tmp_path / "1"), max_steps=1, min_visual_tokens=16, prompt="Read it."))
-    config = full(model_name_or_path=str(first.adapter_dir), max_visual_tokens=512)
+    config = full(model_name_or_path=str(first.model_dir), max_visual_tokens=512)
     _, preprocessor = load_preprocessor(config)
     policy = preprocessor.policy
     assert (preprocessor.prompt, policy.min_visual_tokens, policy.max_visual_tokens) == ("Read it.", 16, 512)
     assert config.resolved()["prompt"] == "Read it." and config.resolved()["min_visual_tokens"] == 16
-    _, preprocessor = load_preprocessor(full(model_name_or_path=str(first.adapter_dir), prompt="Another."))
+    _, preprocessor = load_preprocessor(full(model_name_or_path=str(first.model_dir), prompt="Another."))
     assert preprocessor.prompt == "Another."

@@ -106,23 +106,33 @@ def test_a_huge_picture_is_refused_from_its_header(tmp_path):
         image_size(path)
 
 
-def test_patches_turn_back_into_the_picture():
-    from transformers import Qwen2VLImageProcessor
+@pytest.mark.parametrize(
+    "name", ["Qwen2VLImageProcessor", "Ernie4_5_VLMoeImageProcessor", "PaddleOCRVLImageProcessor"]
+)
+def test_patches_turn_back_into_the_picture(name):
+    import transformers
 
-    processor = Qwen2VLImageProcessor()
+    processor = getattr(transformers, name)()
     noise = np.random.default_rng(0).integers(0, 256, (56, 84, 3), dtype=np.uint8)
     patches = processor(images=[Image.fromarray(noise)], do_resize=False, return_tensors="pt")
     seen = unpatchify(patches["pixel_values"], patches["image_grid_thw"][0], processor)
     assert (np.asarray(seen) == noise).all()
 
 
-@pytest.mark.parametrize("patch_size", [14, 16])
-@pytest.mark.parametrize("mean", [None, [0.5, 0.5, 0.5]])
-def test_patches_equal_the_image_processors_bit_for_bit(patch_size, mean):
-    from transformers import Qwen2VLImageProcessor
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("Qwen2VLImageProcessor", {}),
+        ("Qwen2VLImageProcessor", {"patch_size": 16, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}),
+        ("Ernie4_5_VLMoeImageProcessor", {}),
+        ("PaddleOCRVLImageProcessor", {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}),
+    ],
+)
+def test_patches_equal_the_image_processors_bit_for_bit(name, options):
+    import transformers
 
-    options = {"image_mean": mean, "image_std": mean} if mean else {}
-    processor = Qwen2VLImageProcessor(patch_size=patch_size, **options)
+    processor = getattr(transformers, name)(**options)
+    patch_size = processor.patch_size
     patcher, random = Patcher.equal_to(processor), np.random.default_rng(1)
     for rows, columns in ((1, 1), (1, 7), (7, 1), (2, 3), (4, 18), (9, 5)):
         shape = (rows * 2 * patch_size, columns * 2 * patch_size, 3)

@@ -82,10 +82,11 @@ def test_answers_are_tokenised_as_in_the_whole_conversation(preprocessor):
     prompt = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Read."}]}]
     processor = preprocessor.processor
     start = processor.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    begun = start.removesuffix(preprocessor.family.empty_reasoning)
     start_ids = processor.tokenizer(start)["input_ids"]
     for text, answer in zip(texts, preprocessor.answers(texts, texts), strict=True):
         conversation = [*prompt, {"role": "assistant", "content": [{"type": "text", "text": text}]}]
-        whole = processor.apply_chat_template(conversation, tokenize=False).removesuffix("\n")
+        whole = start + processor.apply_chat_template(conversation, tokenize=False).removesuffix("\n")[len(begun) :]
         assert start_ids + answer == processor.tokenizer(whole)["input_ids"], text
 
 

@@ -21,7 +21,7 @@ from latexocr.trainer import share_of, spread
 
 
 def losses(result, key: str = "loss") -> list[float]:
-    return [row[key] for row in read_metrics(result.adapter_dir.parent / "metrics.jsonl") if key in row]
+    return [row[key] for row in read_metrics(result.trained_dir.parent / "metrics.jsonl") if key in row]
 
 
 def test_loss_is_the_mean_over_supervised_tokens():
@@ -183,15 +183,21 @@ def test_lora_lands_on_the_language_model(tiny):
     assert trainable_parameters(model) == {"language": (8 * 3 * (2 * 256 + 2 * 192 + 3 * 384), 21)}
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_lora_components(model_type, tiny_models):
-    """Two vision blocks and the mergers, counted: never the Conv3d patch embedding, never the head."""
-    folder = tiny_models[model_type]
-    modules = {"qwen2_vl": (8, 2), "qwen2_5_vl": (10, 2), "qwen3_vl": (8, 4)}[model_type]
-    model = add_lora(load_base(folder, dtype=torch.float32), family_in(folder), components=["vision", "merger"],
+@pytest.mark.parametrize(
+    ("components", "found"),
+    [
+        (["attention"], {"vision": 4, "language": 12}),
+        (["language.mlp"], {"language": 9}),
+        (["merger", "vision.attention"], {"vision": 4, "merger": 2}),
+        (["vision", "mlp"], {"vision": 8, "language": 9}),
+    ],
+)
+def test_lora_on_a_part_a_kind_or_one_of_one(components, found, tiny_models):
+    """Qwen2-VL: three decoder layers (4 + 3 linear layers each), two vision blocks (2 + 2), a merger of 2."""
+    folder = tiny_models["qwen2_vl"]
+    model = add_lora(load_base(folder, dtype=torch.float32), family_in(folder), components=components,
                      r=2, alpha=2, dropout=0.0)  # fmt: skip
-    found = {part: count for part, (_, count) in trainable_parameters(model).items()}
-    assert found == {"vision": modules[0], "merger": modules[1]}
+    assert {part: count for part, (_, count) in trainable_parameters(model).items()} == found
 
 
 def test_epoch_sampler_covers_each_sample_once_and_pads_with_masked():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import MODEL_TYPES
 
 from latexocr.collate import FlattenedCollator, FormulaCollator, rope_positions
 from latexocr.errors import InputError
@@ -63,7 +62,16 @@ def test_videos_that_cannot_be_used(tmp_path):
             video_header(Media("video", tmp_path / name, sampling), "record 0")
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_family_without_videos_refuses_them(tiny_models, tmp_path):
+    folder = tiny_models["ernie4_5_vl_moe"]
+    make_video(tmp_path / "v.mp4")
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "<video>What?", "answer": "x", "video": "v.mp4"}))
+    preprocessor = Preprocessor(load_processor(folder), family_in(folder), ImagePolicy(), "Read.")
+    with pytest.raises(InputError, match=r"record 0 \(v\.mp4\): ERNIE.* is not trained on videos here"):
+        preprocessor.count_tokens(read_records(tmp_path / "t.jsonl")[0])
+
+
+@pytest.mark.parametrize("model_type", ["qwen2_vl", "qwen2_5_vl", "qwen3_vl"])
 def test_the_models_own_way(model_type, tiny_models, tmp_path):
     """Ids but for the token's name, positions, logits of a picture and a video: those of the model's video path."""
     folder = tiny_models[model_type]

@@ -21,7 +21,7 @@ from latexocr.preprocess import FormulaDataset
 from latexocr.records import read_records
 from latexocr.stopping import StopSignal
 from latexocr.train import load_preprocessor, train
-from latexocr.vision_cache import FeatureFile, GivenFeatures, VisionCache
+from latexocr.vision_cache import FeatureFile, GivenFeatures, VisionCache, image_features
 
 
 def values(folder: Path, key: str = "loss") -> list[float]:
@@ -58,9 +58,7 @@ def test_rounded_up_batches(model_type, tiny_models, config, records):
     given = []
     for sample in samples:
         with torch.no_grad():
-            output = model.model.visual(sample["pixel_values"], grid_thw=sample["image_grid_thw"])
-        deepstack = output.deepstack_features if model_type == "qwen3_vl" else []
-        features = torch.cat([output.pooler_output, *deepstack], dim=1)
+            features = image_features(model, sample["pixel_values"], sample["image_grid_thw"])
         given.append({key: value for key, value in sample.items() if key != "pixel_values"})
         given[-1]["image_features"] = features
 
@@ -143,9 +141,9 @@ def test_features_are_used_again_while_nothing_has_changed(config, monkeypatch, 
 
 
 def test_what_is_refused(config, monkeypatch, tmp_path):
-    for part in ("vision", "merger"):
-        with pytest.raises(InputError, match="needs a frozen vision tower, but lora_components names parts of it"):
-            config(cache_vision_features=True, lora_components=["language", part])
+    for part in ("vision.mlp", "merger"):
+        with pytest.raises(InputError, match=f"needs frozen vision and merger, but this trains {part[:6]}"):
+            train(config(cache_vision_features=True, lora_components=["language", part]))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=1000))
     with pytest.raises(InputError, match=r"run: the vision features need 0\.\d GB, 0\.0 GB are free"):

@@ -7,8 +7,9 @@ FAMILY = Family(
     model_types=("qwen2_5_vl",),
     video="seconds",
     lora_targets={
-        "language": LANGUAGE,
-        "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.(?:gate|up|down)_proj)",
+        **LANGUAGE,
+        "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",
+        "vision.mlp": r".*\.visual\.blocks\.\d+\.mlp\.(?:gate|up|down)_proj",
         "merger": r".*\.visual\.merger\.mlp\.[02]",
     },
 )

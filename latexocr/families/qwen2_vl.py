@@ -8,8 +8,9 @@ FAMILY = Family(
     video="grid",
     grid_free=True,
     lora_targets={
-        "language": LANGUAGE,
-        "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.fc[12])",
+        **LANGUAGE,
+        "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",
+        "vision.mlp": r".*\.visual\.blocks\.\d+\.mlp\.fc[12]",
         "merger": r".*\.visual\.merger\.mlp\.[02]",
     },
 )

@@ -8,8 +8,9 @@ FAMILY = Family(
     video="timestamps",
     deepstack=True,
     lora_targets={
-        "language": LANGUAGE,
-        "vision": r".*\.visual\.blocks\.\d+\.(?:attn\.(?:qkv|proj)|mlp\.linear_fc[12])",
+        **LANGUAGE,
+        "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",
+        "vision.mlp": r".*\.visual\.blocks\.\d+\.mlp\.linear_fc[12]",
         "merger": r".*\.visual\.(?:merger|deepstack_merger_list\.\d+)\.linear_fc[12]",
     },
 )

@@ -23,6 +23,7 @@ ROOT = HERE.parent.parent
 sys.path.insert(1, str(ROOT))  # the checkout, behind the benchmarks themselves
 LINES = 12  # log lines of a run; the figures are medians over all but the first ones (start-up, compilation)
 LINES_LEFT_OUT = 2
+KEPT = ("peak_memory_gib", "reserved_memory_gib", "train_runtime", "preparing", "eval_loss")  # the last of each
 SCRIPTS = {
     "tutorial": HERE / "tutorial.py",
     "trl": HERE / "sfttrainer.py",
@@ -113,6 +114,7 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     ranks: int = 1,
+    sharded: bool = False,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train one variant in a process of its own and read its metrics.
@@ -122,6 +124,7 @@ def train(
         steps: optimiser steps, or
         epochs: passes over all of `data`.
         ranks: processes, one a GPU; this library only.
+        sharded: the weights over the ranks, by FSDP2.
         options: more options of `latexocr train`.
 
     Raises:
@@ -142,6 +145,9 @@ def train(
     else:
         started = [sys.executable] if ranks == 1 else [
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]  # fmt: skip
+        if sharded:
+            started = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
+                       ROOT / "scripts/accelerate/fsdp2.yaml", "--num_processes", ranks]  # fmt: skip
         command = [*started, ROOT / "scripts/train.py", *_flags({**given, **WORK, **OURS[system], **(options or {})})]
     begun = time.perf_counter()
     run(command, SITES.get(system))
@@ -171,7 +177,7 @@ def summary(metrics: Path) -> dict[str, Any]:
         if values:
             found[name] = round(statistics.median(values), 4)
     for line in lines:
-        found |= {name: line[name] for name in ("peak_memory_gib", "train_runtime", "preparing") if name in line}
+        found |= {name: line[name] for name in KEPT if name in line}
     return {**found, "losses": [round(line["loss"], 5) for line in logs]}
 
 

@@ -1,0 +1,122 @@
+"""Base weights in 4 or 8 bits: which layers, in what way, and what must be installed for it.
+
+QLoRA (arXiv:2305.14314): frozen weights are kept as NF4, whose scales are themselves kept in 8 bits ("double
+quantisation"), 0.516 bytes a weight in all; they become 16-bit numbers when a layer computes, and the adapter is
+trained as always. 8 bits: LLM.int8 (arXiv:2208.07339). bitsandbytes does both, and has kernels for the CPU too.
+
+Only linear layers inside the named parts are rounded: the decoder by default. The vision tower, its merger and the
+head are a small share of the memory and the first to lose accuracy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from latexocr.errors import InputError
+
+if TYPE_CHECKING:
+    import torch
+
+PARTS = ("language", "vision", "merger")
+PACKAGE = "bitsandbytes"
+INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How the linear layers of a base model are rounded when it is loaded.
+
+    Args:
+        bits: 4 (NF4 with double quantisation) or 8 (LLM.int8).
+        parts: of the model whose linear layers are rounded: language, vision, merger.
+    """
+
+    bits: Literal[4, 8] = 4
+    parts: tuple[str, ...] = ("language",)
+
+    def __post_init__(self) -> None:
+        unknown = [part for part in self.parts if part not in PARTS]
+        if unknown or not self.parts:
+            given = f"{unknown[0]!r} is none of" if unknown else "is empty: name at least one of"
+            raise InputError(f"quantized_parts: {given} {list(PARTS)}")
+
+    def __str__(self) -> str:
+        return f"{self.bits}-bit {', '.join(self.parts)}"
+
+
+def check_installed(what: str, otherwise: str = "leave it out") -> None:
+    """
+    Raises:
+        InputError: `what` was asked for and bitsandbytes is not there.
+    """
+    if importlib.util.find_spec(PACKAGE) is None:
+        raise InputError(f"{what} needs {PACKAGE}, which is not installed: {INSTALL}; or {otherwise}")
+
+
+def loading_options(
+    quantization: Quantization, shape: torch.nn.Module, targets: str, dtype: torch.dtype
+) -> dict[str, Any]:
+    """What `from_pretrained` is told to round the weights while it reads them.
+
+    Args:
+        quantization: which parts, how.
+        shape: the model without its weights (on the meta device).
+        targets: expression of the linear layers to round (`Family.target_regex` of the parts).
+        dtype: in which the layers compute.
+    """
+    from transformers import BitsAndBytesConfig
+
+    return {
+        "quantization_config": BitsAndBytesConfig(
+            load_in_4bit=quantization.bits == 4,
+            load_in_8bit=quantization.bits == 8,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=kept_modules(shape, targets),
+        )
+    }
+
+
+def kept_modules(model: torch.nn.Module, targets: str, name: str = "") -> list[str]:
+    """The fewest module names that cover all linear layers except those that `targets` matches."""
+    import torch
+
+    found = []
+    for child_name, child in model.named_children():
+        path = f"{name}.{child_name}" if name else child_name
+        linear = [inner for inner, part in child.named_modules(prefix=path) if isinstance(part, torch.nn.Linear)]
+        rounded = [inner for inner in linear if re.fullmatch(targets, f".{inner}")]
+        if linear and not rounded:
+            found.append(path)
+        elif len(rounded) < len(linear):
+            found += kept_modules(child, targets, path)
+    return found
+
+
+def settle(model: Any, dtype: torch.dtype) -> None:
+    """Let 4-bit layers compute in `dtype`, whatever a checkpoint that was stored in 4 bits says.
+
+    On CPUs with AVX512-BF16 bitsandbytes (0.50) packs the weights anew at the first evaluation, in a form that has no
+    gradient: off.
+    """
+    for module in model.modules():
+        if hasattr(module, "compute_dtype") and hasattr(module, "quant_state"):
+            module.compute_dtype, module.compute_type_is_set = dtype, True
+            module.support_avx512bf16_for_cpu = False
+
+
+def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
+    """(out, in) numbers of a 4-bit layer."""
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+
+def num_weights(parameter: torch.nn.Parameter) -> int:
+    """How many weights a parameter holds: two share a byte in 4 bits, and a shard of ZeRO-3 knows the whole."""
+    state = getattr(parameter, "quant_state", None)
+    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
