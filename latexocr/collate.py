@@ -15,6 +15,7 @@ from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import bucketed
 from latexocr.families import Family
+from latexocr.preprocess import joined
 
 
 @dataclass
@@ -30,12 +31,20 @@ class FormulaCollator(DataCollatorForSeq2Seq):
     `logits_to_keep` (columns,) lists the columns from which any row predicts a supervised token. The vocabulary
     has 151,936 entries, so logits over prompt and image tokens would be most of a step's memory. It is found here,
     on the CPU, because finding it on the GPU would stall the step.
+
+    Args:
+        family: says which inputs are which.
+        blank: `Preprocessor.blank`, which joins a batch that shows nothing; the batch's `num_samples` leaves it out.
+        merge_size: patches a side of a visual token.
     """
 
     family: Family | None = None
+    blank: dict[str, torch.Tensor] | None = None
+    merge_size: int = 2
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
-        apart = [*(key for key, _ in self.family.padded), *self.family.concatenated]
+        num_samples, features = len(features), self._with_picture(features)
+        apart = [*(key for key, _ in self.family.padded), *self.family.concatenated, "frame_intervals"]
         # lists, because the stock collator pads labels as arrays and converts them one by one, slowly
         text = [{key: value.tolist() for key, value in feature.items() if key not in apart} for feature in features]
         batch = dict(super().__call__(text, return_tensors))
@@ -46,6 +55,12 @@ class FormulaCollator(DataCollatorForSeq2Seq):
             extra = batch["input_ids"].shape[1] - padded.shape[1]  # pad_to_multiple_of
             batch[key] = pad(padded, (extra, 0), value=value)
         batch |= self._joined(features)
+        if any("frame_intervals" in feature for feature in features):  # the model would not know them
+            longest = batch["input_ids"].shape[1]
+            positions = [self._positions(feature) for feature in features]
+            batch["position_ids"] = torch.stack([pad(each, (longest - each.shape[1], 0)) for each in positions], dim=1)
+        if len(features) > num_samples:
+            batch["num_samples"] = num_samples
         if "labels" in text[0]:
             supervised = (batch["labels"][:, 1:] != self.label_pad_token_id).any(dim=0)
             batch["logits_to_keep"] = supervised.nonzero()[:, 0]
@@ -53,9 +68,21 @@ class FormulaCollator(DataCollatorForSeq2Seq):
             del batch["labels"]  # the stock collator invents `labels: None`
         return batch
 
+    def _with_picture(self, features: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """With the blank where nothing is shown: every batch must enter the vision tower, on every rank."""
+        if self.blank is None or any("image_grid_thw" in feature for feature in features):
+            return features
+        return [*features, {key: value for key, value in self.blank.items() if key != "labels" or key in features[0]}]
+
     def _joined(self, features: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
-        keys = [key for key in self.family.concatenated if key in features[0]]
-        return {key: joined([feature[key] for feature in features]) for key in keys}
+        found = {key: [f[key] for f in features if key in f] for key in self.family.concatenated}
+        return {key: joined(parts) for key, parts in found.items() if parts}
+
+    def _positions(self, feature: dict[str, torch.Tensor]) -> torch.Tensor:
+        grids = feature.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
+        return rope_positions(
+            feature["mm_token_type_ids"], grids, self.merge_size, intervals=feature.get("frame_intervals")
+        )
 
 
 @dataclass
@@ -70,21 +97,22 @@ class FlattenedCollator(FormulaCollator):
     With `round_up` the row is filled up with one more sequence, unsupervised and without pictures, so that few shapes
     occur: a shape can be captured as a CUDA graph.
 
+    A video is a picture with a time axis: each of its frames is a sequence of the vision tower.
+
     Args:
-        merge_size: patches a side of a visual token.
         round_up: fill up tokens, supervised columns and (where the family allows it) patches.
     """
 
-    merge_size: int = 2
     round_up: bool = False
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, Any]:
+        num_samples, features = len(features), self._with_picture(features)
         labels = torch.cat([feature["labels"] for feature in features])
         input_ids = torch.cat([feature["input_ids"] for feature in features])
         positions = torch.cat([self._positions(feature) for feature in features], dim=1)
         kept = (labels[1:] != self.label_pad_token_id).nonzero()[:, 0]
         lengths = [len(feature["input_ids"]) for feature in features]
-        batch = {"num_samples": len(features), "num_tokens": len(labels)}
+        batch = {"num_samples": num_samples, "num_tokens": len(labels)}
         if self.round_up:
             extra = rounded(len(labels) + 2) - len(labels)
             lengths.append(extra)
@@ -118,11 +146,11 @@ class FlattenedCollator(FormulaCollator):
         return {"image_features": rows, "image_grid_thw": ((1, self.merge_size, self.merge_size * len(rows)),)}
 
     def _images(self, features: list[dict[str, Any]]) -> dict[str, Any]:
-        grids = torch.cat([feature["image_grid_thw"] for feature in features])
-        pixel_values = joined([feature["pixel_values"] for feature in features])
+        shown = self._joined(features)
+        grids, pixel_values = shown["image_grid_thw"], shown["pixel_values"]
         together = 1 if self.family.raster else self.merge_size
         positions = torch.cat([_patch_positions(tuple(row), together) for row in grids.tolist()])
-        patches = (grids[:, 1] * grids[:, 2]).tolist()
+        patches = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0]).tolist()
         if self.round_up and self.family.grid_free:
             extra = rounded(len(pixel_values)) - len(pixel_values)
             patches.append(extra)
@@ -137,28 +165,20 @@ class FlattenedCollator(FormulaCollator):
             "image_max_seqlen": bucketed(max(patches)),
         }
 
-    def _positions(self, feature: dict[str, torch.Tensor]) -> torch.Tensor:
-        return rope_positions(feature["mm_token_type_ids"], feature["image_grid_thw"], self.merge_size)
 
-
-def joined(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Parts along the first dimension; patches as bytes get three planes each where one picture has colours."""
-    if parts[0].dtype == torch.uint8:
-        planes = max(part.shape[1] for part in parts)
-        parts = [part.expand(-1, planes, -1) for part in parts]
-    return torch.cat(parts)
-
-
-def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: int) -> torch.Tensor:
+def rope_positions(
+    token_types: torch.Tensor, grids: torch.Tensor, merge_size: int, *, intervals: torch.Tensor | None = None
+) -> torch.Tensor:
     """Positions in time, height and width of one sample's tokens: what the models' own `get_rope_index` gives.
 
-    Text counts on by one in all three; an image's tokens share a start, count rows and columns from it, and the text
-    behind goes on after the longer side (Qwen2-VL, arXiv:2409.12191, section 2.1).
+    Text counts on by one in all three; an image's tokens share a start, count frames, rows and columns from it, and
+    the text behind goes on after the longer side (Qwen2-VL, arXiv:2409.12191, section 2.1).
 
     Args:
         token_types: (length,) 0 for text, 1 for image tokens.
         grids: (images, 3) patches in time, height, width.
         merge_size: patches a side of a visual token.
+        intervals: (images,) positions from one frame to the next; 1 by default.
 
     Returns:
         (3, length)
@@ -169,12 +189,18 @@ def rope_positions(token_types: torch.Tensor, grids: torch.Tensor, merge_size: i
     types = token_types.numpy()  # short arrays cost less in numpy than in torch
     positions, start, at = np.empty((3, len(types)), np.int64), 0, 0
     firsts = np.flatnonzero((types[1:] == 1) & (types[:-1] == 0)) + 1
-    for first, (_, height, width) in zip(firsts.tolist(), (grids // merge_size).tolist(), strict=True):
+    sides = (grids[:, 1:] // merge_size).tolist()
+    for number, (first, frames, (height, width)) in enumerate(
+        zip(firsts.tolist(), grids[:, 0].tolist(), sides, strict=True)
+    ):
         positions[:, at:first] = np.arange(start, start + first - at)
         start += first - at
-        at = first + height * width
+        at = first + frames * height * width
         positions[:, first:at] = start
-        image = positions[:, first:at].reshape(3, height, width)
+        image = positions[:, first:at].reshape(3, frames, height, width)
+        if frames > 1:
+            step = np.float32(1 if intervals is None else intervals[number])  # rounded down as the models do it
+            image[0] += (np.arange(frames) * step).astype(np.int64)[:, None, None]
         image[1] += np.arange(height)[:, None]
         image[2] += np.arange(width)
         positions[:, first:at] = image.reshape(3, -1)

@@ -35,13 +35,21 @@ class TrainOptions:
     init_from_config: bool = option(False, "fresh weights from the base's config.json instead of its own (needs full)")
     hub: Literal["modelscope", "huggingface"] = option("modelscope", "where a hub id is downloaded from")
     trust_remote_code: bool = option(False, "run Python code that comes with a checkpoint")
-    train_json: str | None = option(None, "training records, as csv2json writes them")
-    val_json: str | None = option(None, "validation records; without them nothing is evaluated")
+    train_json: str | None = option(
+        None, "training records: .json or .jsonl, .parquet, a folder that datasets saved, or a hub id[:subset[:split]]"
+    )
+    val_json: str | None = option(None, "validation records, likewise; without them nothing is evaluated")
+    allow_urls: bool = option(False, "open URLs that records name, anew at every use")
+    allow_outside_paths: bool = option(False, "open files that records name outside of their data file's folder")
+    streaming: bool = option(False, "read training records as they come, never all of them (needs max_steps)")
     output_dir: str | None = option("outputs/latexocr", "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/")
     overwrite_output_dir: bool = option(False, "discard an earlier run in output_dir instead of refusing")
 
     # what the model sees; left out, as the base was trained by this library (its latexocr.json), else as said here
     prompt: str | None = option(None, f"the instruction beside every image (default: the base's, else {PROMPT!r})")
+    supervised_turns: Literal["all", "last"] = option("all", "answers of a conversation that are trained")
+    empty_thinking: bool = option(False, "answers without reasoning begin with an empty <think> block")
+    answer_format: Literal["latex", "json"] = option("latex", "what answers are: chooses the metrics of validation")
     image_mode: Literal["fit", "fixed"] | None = option(
         None, "fit: keep the aspect ratio; fixed: stretch to one size (default: the base's, else fit)"
     )

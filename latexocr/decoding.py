@@ -25,11 +25,12 @@ from transformers import AttentionInterface, GenerationConfig
 from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import VARLEN_CAPABILITY, bucketed, varlen_attention
-from latexocr.collate import joined, rope_positions
+from latexocr.collate import rope_positions
 from latexocr.families import Family, family_of
 from latexocr.layers import fuse_layers
 from latexocr.lora import kernels_available
 from latexocr.modeling import inner_model
+from latexocr.preprocess import joined
 
 DECODING = "flash_varlen_decoding"  # "flash" in the name: see latexocr.attention
 # Settings that do not change what greedy decoding means.
@@ -128,7 +129,7 @@ class Decoder:
         """One answer a row: up to and with the end token, or `max_new_tokens` long.
 
         Args:
-            batches: prompts, each batch collated (rows, length) with one image a row; decoded together as far as
+            batches: prompts, each batch collated (rows, length); decoded together as far as
                 memory allows.
             normalise: makes the model's input from `pixel_values` that are bytes, on the device; bytes are a
                 twelfth or less of what travels otherwise.
@@ -267,29 +268,34 @@ class Decoder:
         columns = torch.arange(int(ends[-1])) - ends[rows] + longest
         positions = torch.cat([prompt["position_ids"] for prompt in prompts], dim=1)
         grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts])
-        patches = grids.prod(dim=1)
+        patches = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0])  # of each frame
         inputs = {
             "input_ids": torch.cat([prompt["input_ids"] for prompt in prompts])[None],
             "position_ids": positions[:, None],
             "text_cu_seqlens": pad(ends, (1, 0)).int(),
-            "pixel_values": joined([prompt["pixel_values"] for prompt in prompts]),
-            "image_grid_thw": grids,
-            "image_position_ids": get_vision_position_ids(grids, 1 if self._family.raster else self._merge_size),
-            "image_cu_seqlens": pad(patches.cumsum(0), (1, 0)).int(),
             "logits_to_keep": ends - 1,
             **{key: torch.cat([prompt[key] for prompt in prompts])[None] for key in self._family.token_types},
         }
+        if len(grids):
+            inputs |= {
+                "pixel_values": joined([prompt["pixel_values"] for prompt in prompts]),
+                "image_grid_thw": grids,
+                "image_position_ids": get_vision_position_ids(grids, 1 if self._family.raster else self._merge_size),
+                "image_cu_seqlens": pad(patches.cumsum(0), (1, 0)).int(),
+            }
         rows, columns = self._send(rows + first_row), self._send(columns)
         self._mask[rows, columns] = 0
         here = slice(first_row, first_row + len(prompts))
         self._positions[here] = self._send(positions[0, ends - 1])
         inputs = {name: self._send(value) for name, value in inputs.items()}
-        inputs["pixel_values"] = self._normalise(inputs["pixel_values"]).to(self._inner.dtype)
+        longest_frame = {"image_max_seqlen": bucketed(int(patches.max()))} if len(grids) else {}
+        if len(grids):
+            inputs["pixel_values"] = self._normalise(inputs["pixel_values"]).to(self._inner.dtype)
         with self._cache.filling(rows, columns):
             logits = self._inner(
                 **inputs,
                 text_max_seqlen=bucketed(int(lengths.max())),
-                image_max_seqlen=bucketed(int(patches.max())),
+                **longest_frame,
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits[0]
@@ -429,26 +435,35 @@ def _shape(config: Any) -> tuple[int, int, int]:
 
 def _prompts(batch: dict[str, torch.Tensor], merge_size: int, family: Family) -> list[dict[str, torch.Tensor]]:
     """The rows of a collated batch, without padding and with positions."""
-    grids = batch["image_grid_thw"]
-    assert len(grids) == len(batch["input_ids"]), "one image a prompt"
-    prompts = []
-    pixels = batch["pixel_values"].split(grids.prod(dim=1).tolist())
+    grids, pixels = batch["image_grid_thw"], batch["pixel_values"]
+    patches, first, at, prompts = grids.prod(dim=1).tolist(), 0, 0, []
     for row, keep in enumerate(batch["attention_mask"].bool()):
         types = batch["mm_token_type_ids"][row, keep]
+        wanted, last, end = int(types.count_nonzero()) * merge_size**2, first, at
+        while end - at < wanted:
+            end, last = end + patches[last], last + 1
+        positions = (
+            batch["position_ids"][:, row, keep]
+            if "position_ids" in batch
+            else _positions(types.numpy().tobytes(), tuple(map(tuple, grids[first:last].tolist())), merge_size)
+        )
         prompts.append({
             "input_ids": batch["input_ids"][row, keep],
-            "position_ids": _positions(types.numpy().tobytes(), tuple(grids[row].tolist()), merge_size),
-            "pixel_values": pixels[row],
-            "image_grid_thw": grids[row : row + 1],
+            "position_ids": positions,
+            "pixel_values": pixels[at:end],
+            "image_grid_thw": grids[first:last],
             **{key: batch[key][row, keep] for key in family.token_types},
         })  # fmt: skip
+        first, at = last, end
     return prompts
 
 
 @functools.lru_cache(maxsize=1024)
-def _positions(types: bytes, grid: tuple[int, ...], merge_size: int) -> torch.Tensor:
+def _positions(types: bytes, grids: tuple[tuple[int, ...], ...], merge_size: int) -> torch.Tensor:
     """`rope_positions`, computed once for all pictures of a size."""
-    return rope_positions(torch.frombuffer(bytearray(types), dtype=torch.long), torch.tensor([grid]), merge_size)
+    return rope_positions(
+        torch.frombuffer(bytearray(types), dtype=torch.long), torch.tensor(grids).view(-1, 3), merge_size
+    )
 
 
 def _chunk_ends(prompts: list[dict[str, torch.Tensor]]) -> Iterator[int]:

@@ -243,7 +243,13 @@ def _entries(path: Path) -> Iterator[tuple[str, Encoded, str]]:
         raise InputError(f"{path}: no such file or folder; a hub's data set is brought here by `latexocr data2csv`")
     if path.suffix == ".json" or (path.suffix == ".jsonl" and _holds_records(path)):
         for record in read_records(path):
-            yield record.where, str(record.image_path), record.text
+            if not record.plain:
+                raise InputError(
+                    f"{record.where}: doctor looks at pictures of formulas with their LaTeX, this is a conversation; "
+                    "see `latexocr preview` for it"
+                )
+            content = record.media[0].load()
+            yield record.where, content if isinstance(content, bytes) else str(content), record.text
         return
     for number, row in enumerate(open_source(str(path)).rows()):
         name = f" ({row.image_path})" if row.image_path else ""
@@ -252,7 +258,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Encoded, str]]:
 
 def _holds_records(path: Path) -> bool:
     with path.open(encoding="utf-8", errors="replace") as lines:
-        return '"conversations"' in lines.readline()
+        first = lines.readline()
+        return '"conversations"' in first or '"messages"' in first
 
 
 def _facts_of(where: str, encoded: Encoded, text: str, side: str) -> Row:

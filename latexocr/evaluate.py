@@ -43,12 +43,15 @@ def evaluate(
     base_bits: Literal[4, 8, 16] | None = None,
     trust_remote_code: bool = False,
     pictures: bool = True,
+    answer_format: Literal["latex", "json"] = "latex",
+    allow_urls: bool = False,
+    allow_outside_paths: bool = False,
 ) -> Evaluation:
-    """Read every image of a data file and score the answers.
+    """Answer every record of a data file and score the answers.
 
     Args:
         model: base or merged model, or an adapter folder: a path or a hub id.
-        data: val.json, as csv2json writes it.
+        data: val.json, as csv2json writes it, or any other file that training reads.
         output_dir: folder for predictions.jsonl, metrics.json, slices.csv, rows.csv and report.html.
         adapter: adapter folder to put on the model.
         batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
@@ -64,39 +67,54 @@ def evaluate(
             (default: as the adapter was trained).
         trust_remote_code: run Python code that comes with a checkpoint.
         pictures: render predictions and references and compare the pictures too.
+        answer_format: what answers are: LaTeX, or JSON objects that are compared field by field.
+        allow_urls: open URLs that records name.
+        allow_outside_paths: open files that records name outside of the data file's folder.
 
     Raises:
         InputError: data (two records with one id, say), model or adapter that cannot be used, or a folder that
             cannot be written.
     """
+    from latexocr.formats import Access
     from latexocr.images import load_image
     from latexocr.predict import LatexOCR
     from latexocr.records import read_records
+    from latexocr.video import video_header
 
     if max_samples is not None and max_samples < 1:
         raise InputError(f"max_samples is {max_samples}, needs at least 1")
-    records = read_records(data)[:max_samples]
+    access = Access(urls=allow_urls, outside=allow_outside_paths)
+    records = read_records(data, access=access, hub=hub)[:max_samples]
     (name, count), *_ = Counter(record.id for record in records).most_common(1)
     if count > 1:
         raise InputError(f"{data}: {count} records have the id {name!r}; give each its own, by which answers are told")
     for record in records:  # a broken image is found before an hour of generation, not after
-        load_image(record.image_path, record.where)
+        for media in record.media:
+            if media.kind == "image":
+                load_image(media.load(), record.place_of(media))
+            else:
+                video_header(media, record.where)
     _make_folder(output_dir)
     ocr = LatexOCR.from_pretrained(
         model, adapter=adapter, device=device, prompt=prompt, hub=hub, base_bits=base_bits,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     answers = ocr.generate(
-        [record.image_path for record in records], batch_size=batch_size, max_new_tokens=max_new_tokens,
+        list(records), batch_size=batch_size, max_new_tokens=max_new_tokens,
         temperature=temperature, top_p=top_p, min_p=min_p, progress=True,
     )  # fmt: skip
     rows = [answer.as_row(record) for record, answer in zip(records, answers, strict=True)]
     write_predictions(output_dir / "predictions.jsonl", rows)
-    return score_rows(rows, output_dir, pictures=pictures)
+    return score_rows(rows, output_dir, pictures=pictures, answer_format=answer_format)
 
 
 def score_file(
-    predictions: Path, *, output_dir: Path | None = None, baseline: Path | None = None, pictures: bool = True
+    predictions: Path,
+    *,
+    output_dir: Path | None = None,
+    baseline: Path | None = None,
+    pictures: bool = True,
+    answer_format: Literal["latex", "json"] = "latex",
 ) -> Evaluation:
     """Metrics from a predictions file, without a model.
 
@@ -107,6 +125,7 @@ def score_file(
         output_dir: folder for metrics.json, slices.csv, rows.csv and report.html; nothing is written when left out.
         baseline: another predictions file of the same ids and references to compare with.
         pictures: render predictions and references and compare the pictures too.
+        answer_format: what answers are: LaTeX, or JSON objects that are compared field by field.
 
     Raises:
         InputError: no such file, a malformed line, a line without the keys, an id that stands there twice, no line
@@ -114,7 +133,7 @@ def score_file(
     """
     rows = read_predictions(predictions)
     other_rows = None if baseline is None else _in_order_of(rows, read_predictions(baseline), predictions, baseline)
-    return score_rows(rows, output_dir, baseline=other_rows, pictures=pictures)
+    return score_rows(rows, output_dir, baseline=other_rows, pictures=pictures, answer_format=answer_format)
 
 
 def read_predictions(path: Path) -> list[dict[str, Any]]:
@@ -211,10 +230,13 @@ def score_rows(
     *,
     baseline: Sequence[dict[str, Any]] | None = None,
     pictures: bool = True,
+    answer_format: Literal["latex", "json"] = "latex",
 ) -> Evaluation:
     """Score rows, write what was found, and show it on the dashboard of a run that is active; see `assess`."""
     if output_dir is not None:
         _make_folder(output_dir)
+    if answer_format == "json":
+        return _score_objects(rows, output_dir, baseline)
     evaluation = replace(assess(rows, baseline=baseline, pictures=pictures), output_dir=output_dir)
     if output_dir is not None:
         _write(evaluation, output_dir)
@@ -263,11 +285,42 @@ def assess(
     )
 
 
-def quick_scores(rows: Sequence[dict[str, Any]], *, pictures: bool) -> dict[str, float]:
+def _score_objects(rows: Sequence[dict[str, Any]], output_dir: Path | None, baseline: object) -> Evaluation:
+    """JSON answers: metrics.json, slices.csv (a line a field) and rows.csv; there are no pictures to compare."""
+    if baseline is not None:
+        raise InputError("a baseline is compared as LaTeX only; score both files and put metrics.json side by side")
+    metrics, values = _field_scores(rows)
+    slices = [
+        {"by": "field", "slice": name.partition(".")[2], "metric": "field_match", "value": value}
+        for name, value in metrics.items()
+        if name.startswith("field_match.")
+    ]
+    described = [{**row, **found} for row, found in zip(rows, values, strict=True)]
+    evaluation = Evaluation(metrics=metrics, rows=described, slices=slices, output_dir=output_dir)
+    if output_dir is not None:
+        _write_tables(evaluation, output_dir)
+    return evaluation
+
+
+def _field_scores(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    from latexocr.metrics.calibration import calibration
+    from latexocr.metrics.fields import score_fields
+
+    metrics, values = score_fields([row["prediction"] for row in rows], [row["reference"] for row in rows])
+    known = [(row["confidence"], value["exact_match"] == 1) for row, value in zip(rows, values, strict=True)
+             if row.get("confidence") is not None]  # fmt: skip
+    return metrics | calibration([confidence for confidence, _ in known], [right for _, right in known]), values
+
+
+def quick_scores(
+    rows: Sequence[dict[str, Any]], *, pictures: bool, answer_format: Literal["latex", "json"] = "latex"
+) -> dict[str, float]:
     """The figures alone, for the validations of a training; see `assess`."""
     from latexocr.metrics.calibration import calibration
     from latexocr.metrics.scores import figures
 
+    if answer_format == "json":
+        return _field_scores(rows)[0]
     pairs = _pairs(rows, _rendered([rows])[0] if pictures else None)
     return figures(pairs) | calibration(*_confident(rows, pairs))
 
@@ -368,15 +421,21 @@ def _write(evaluation: Evaluation, folder: Path) -> None:
     from latexocr.contract import write_text
     from latexocr.report import write_report
 
-    write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2) + "\n")
-    write_text(folder / "slices.csv", _csv(evaluation.slices))
-    rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
-    write_text(folder / "rows.csv", _csv(rows))
+    _write_tables(evaluation, folder)
     if evaluation.comparison is None:
         (folder / "comparison.json").unlink(missing_ok=True)  # of an earlier score with a baseline
     else:
         write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
     write_report(evaluation, folder / "report.html")
+
+
+def _write_tables(evaluation: Evaluation, folder: Path) -> None:
+    from latexocr.contract import write_text
+
+    write_text(folder / "metrics.json", json.dumps(evaluation.metrics, indent=2) + "\n")
+    write_text(folder / "slices.csv", _csv(evaluation.slices))
+    rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
+    write_text(folder / "rows.csv", _csv(rows))
 
 
 def _cell(value: Any) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,8 +21,10 @@ from torch.nn.functional import cross_entropy
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from latexocr.decoding import Answer, Decoder, Normalise
+from latexocr.formats import Record
 from latexocr.preprocess import Preprocessor
-from latexocr.records import Record
+
+THOUGHT = re.compile(r"^\s*(?:<think>)?[^<]*</think>\s*")  # an empty or short reasoning in front of the answer
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class Generated:
         """A line of predictions.jsonl: the answer to this record's image."""
         return {
             "id": record.id,
-            "image_path": str(record.image_path),
+            **({} if record.image_path is None else {"image_path": str(record.image_path)}),
             **({} if record.source is None else {"source": record.source}),
             "reference": record.text,
             "prediction": self.text,
@@ -90,12 +93,15 @@ def generate(
         if decoder
         else [row for batch in batches for row in _stock(model, batch, normalise, config, options)]
     )
+    sizes = ((len(batch["input_ids"]), batch.get("num_samples")) for batch in batches)
+    asked = [number is None or at < number for size, number in sizes for at in range(size)]  # not the collator's blank
     answers = []
-    for row, loss in rows:
+    for row, loss in itertools.compress(rows, asked):
         ids = list(itertools.takewhile(lambda token: token not in ends, row))
         finished = len(ids) < len(row)
         # clean_up_tokenization_spaces would eat the spaces before punctuation that LaTeX_OCR's texts have
         text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        text = THOUGHT.sub("", text)
         confidence = math.exp(-loss) if finished and not math.isnan(loss) else 0.0
         answers.append(Generated(text, len(ids) + finished, finished, confidence))
     return answers
@@ -106,7 +112,7 @@ def _stock(
     model: Any, batch: dict[str, torch.Tensor], normalise: Normalise, config: GenerationConfig, options: dict[str, Any]
 ) -> list[Answer]:
     length = batch["input_ids"].shape[1]
-    inputs = {key: value.to(model.device) for key, value in batch.items()}
+    inputs = {key: value.to(model.device) for key, value in batch.items() if key != "num_samples"}
     inputs["pixel_values"] = normalise(inputs["pixel_values"]).to(model.dtype)
     meter = _LossMeter()
     processors = LogitsProcessorList([meter])

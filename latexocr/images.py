@@ -140,17 +140,17 @@ def load_image(source: ImageInput, where: str | None = None) -> Image.Image:
             raise PictureError(f"no picture: needs (height, width[, channels]) in uint8 ({error})") from error
 
 
-def image_size(path: Path, where: str | None = None) -> tuple[int, int]:
+def image_size(source: Path | bytes, where: str | None = None) -> tuple[int, int]:
     """Width and height in pixels after EXIF rotation, read from the header without decoding.
 
     Raises:
         InputError: missing, empty, not an image, or of an absurd size.
     """
-    with _named_errors(where or str(path)):
-        size = png_size(path)
+    with _named_errors(where or (f"image ({len(source)} bytes)" if isinstance(source, bytes) else str(source))):
+        size = None if isinstance(source, bytes) else png_size(source)
         if size is not None:
             return size
-        with open_picture(path) as image:
+        with open_picture(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             width, height = image.size
             return (height, width) if orientation(image) in TRANSPOSED else (width, height)
 

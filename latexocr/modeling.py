@@ -109,6 +109,12 @@ def family_in(folder: Path) -> Family:
     return family_of(str(read_config(folder).get("model_type")))
 
 
+def positions_per_second(folder: Path) -> float:
+    """Positions in time that a second of video takes, where the family counts by time (Qwen2.5-VL), else unused."""
+    vision = read_config(folder).get("vision_config") or {}
+    return float(vision.get("tokens_per_second") or 4)  # 4: default of transformers' configuration class
+
+
 def load_processor(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """Tokenizer, image processor and chat template of a checkpoint.
 

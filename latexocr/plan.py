@@ -27,6 +27,7 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+from latexocr.errors import InputError
 from latexocr.memory import GIB, OutOfMemory, peak_gib, total_gib
 from latexocr.preprocess import Selection, TokenCounts, TokenTable
 from latexocr.stopping import StopSignal
@@ -140,6 +141,10 @@ def plan(config: TrainConfig) -> Plan:
     Raises:
         InputError: data, model or options that cannot be used.
     """
+    if config.streaming:
+        raise InputError(
+            "plan looks for the worst batch among all records, which a stream does not show; leave it out"
+        )
     config = copy.copy(config)  # what it leaves open is filled in
     data = load_data(config)
     counts = data.training.counts

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     import torch
 
     from latexocr.contract import Contract
+    from latexocr.formats import Record
     from latexocr.generate import Generated
     from latexocr.images import ImageInput
     from latexocr.preprocess import Preprocessor
@@ -47,7 +48,12 @@ class LatexOCR:
         from latexocr.collate import FormulaCollator
 
         self.model, self.preprocessor, self.contract = model, preprocessor, contract
-        self.collate = FormulaCollator(tokenizer=preprocessor.processor.tokenizer, family=preprocessor.family)
+        self.collate = FormulaCollator(
+            tokenizer=preprocessor.processor.tokenizer,
+            family=preprocessor.family,
+            blank=preprocessor.blank,
+            merge_size=preprocessor.processor.image_processor.merge_size,
+        )
 
     @classmethod
     def from_pretrained(
@@ -129,7 +135,10 @@ class LatexOCR:
         prompt = prompt or (contract.prompt if contract else PROMPT)
         # Settings that a checkpoint stores for chat would be mixed into ours.
         modeling.inner_model(model).generation_config = modeling.greedy_config(processor, family)
-        return cls(model.eval(), Preprocessor(processor, family, policy, prompt), contract)
+        preprocessor = Preprocessor(
+            processor, family, policy, prompt, positions_per_second=modeling.positions_per_second(base_folder)
+        )
+        return cls(model.eval(), preprocessor, contract)
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **options: Any) -> str | list[str]:
         """Read one image (path, bytes, PIL image, array) -> str, or a list of them -> list[str].
@@ -150,7 +159,7 @@ class LatexOCR:
 
     def generate(
         self,
-        images: Sequence[ImageInput],
+        images: Sequence[ImageInput | Record],
         *,
         batch_size: int = 128,
         max_new_tokens: int = 512,
@@ -164,7 +173,7 @@ class LatexOCR:
         A blank picture is not read: its answer is empty.
 
         Args:
-            images: paths, bytes, PIL images or arrays.
+            images: paths, bytes, PIL images or arrays; or records, whose last answer is generated.
             batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
             max_new_tokens: longest answer in tokens.
             temperature: greedy decoding when left out, else sampling at this temperature.
@@ -205,16 +214,21 @@ class LatexOCR:
             warning = f"confidence {answer.confidence:.2g} is below {threshold:.2g}: check this answer"
         return replace(answer, warning=warning)
 
-    def _prompt(self, image: ImageInput) -> dict[str, torch.Tensor] | None:
+    def _prompt(self, image: ImageInput | Record) -> dict[str, torch.Tensor] | None:
         """What the model gets of an image; None for one that shows nothing, of which it could only invent."""
+        from latexocr.formats import Record
         from latexocr.images import load_image
         from latexocr.likeness import has_ink
 
+        if isinstance(image, Record):
+            if not self.preprocessor.is_plain(image):
+                return self.preprocessor.prompt_of(image, as_bytes=True)
+            image = image.media[0].load()
         picture = load_image(image)
         return self.preprocessor.prompt_features(picture, as_bytes=True) if has_ink(picture) else None
 
     def _prepared(
-        self, images: Sequence[ImageInput], batch_size: int
+        self, images: Sequence[ImageInput | Record], batch_size: int
     ) -> Iterator[list[dict[str, torch.Tensor] | None]]:
         """Prompts of `batch_size` images each; the next ones are prepared while these are read."""
         from concurrent.futures import ThreadPoolExecutor

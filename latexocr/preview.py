@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 SHAPES_THE_INPUT = (
     "prompt", "image_mode", "image_height", "image_width", "min_visual_tokens", "max_visual_tokens",
-    "trust_remote_code",
+    "supervised_turns", "empty_thinking", "allow_urls", "allow_outside_paths", "trust_remote_code",
 )  # fmt: skip
 
 
@@ -35,7 +39,7 @@ def preview(
         InputError: data, model or configuration that cannot be used.
     """
     from latexocr.config import read_yaml
-    from latexocr.images import unpatchify
+    from latexocr.formats import Access
     from latexocr.preprocess import decode_sample
     from latexocr.records import read_records
     from latexocr.train import TrainConfig, load_preprocessor
@@ -44,19 +48,32 @@ def preview(
     values = {name: value for name, value in given.items() if name in SHAPES_THE_INPUT}
     options = TrainConfig.from_dict({**values, "use_cpu": True, "model_name_or_path": model, "hub": hub})
     _, preprocessor = load_preprocessor(options)
-    records = read_records(data)[:n]
+    access = Access(urls=options.allow_urls, outside=options.allow_outside_paths)
+    records = read_records(data, access=access, hub=hub)[:n]
     output_dir.mkdir(parents=True, exist_ok=True)
     blocks = []
     for record in records:
         sample, counts = preprocessor(record), preprocessor.count_tokens(record)
-        picture = unpatchify(
-            sample["pixel_values"], sample["image_grid_thw"][0], preprocessor.processor.image_processor
-        )
-        path = output_dir / (re.sub(r"[^\w.-]", "_", record.id) + ".png")
-        picture.save(path)
+        pictures = []
+        for number, picture in enumerate(_pictures(sample, preprocessor.processor.image_processor)):
+            name = re.sub(r"[^\w.-]", "_", record.id) + (f"_{number + 1}" if number else "")
+            picture.save(output_dir / f"{name}.png")
+            pictures.append(f", picture {picture.width}x{picture.height} -> {output_dir / name}.png")
         blocks.append(
             f"{record.where}: {counts.total} tokens (prompt {counts.prompt}, image {counts.image}, "
-            f"answer {counts.answer}), picture {picture.width}x{picture.height} -> {path}\n"
-            f"{decode_sample(sample, preprocessor)}\n"
+            f"answer {counts.answer}){''.join(pictures)}\n{decode_sample(sample, preprocessor)}\n"
         )
     return "\n".join(blocks)
+
+
+def _pictures(sample: dict[str, Any], image_processor: Any) -> Iterator[Image.Image]:
+    """What a sample shows, the first frame of each patch in time."""
+    from latexocr.images import unpatchify
+
+    at = 0
+    for grid in sample.get("image_grid_thw", ()):
+        frames, height, width = grid.tolist()
+        for _ in range(frames):
+            patches = sample["pixel_values"][at : at + height * width]
+            yield unpatchify(patches, grid, image_processor)
+            at += height * width

@@ -27,6 +27,7 @@ TEXT_COLUMNS = ("text", "latex", "label")
 LABEL_SUFFIXES = (".csv", ".tsv", ".jsonl")
 LABEL_STEMS = ("metadata", "labels", "data")  # looked for in this order
 SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "test"}
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BATCH_ROWS = 32  # rows of parquet decoded at a time: photographs of 5 MB each must fit too
 
 
@@ -84,12 +85,42 @@ def open_source(
         if not files:
             raise InputError(f"{source}: no file matches this pattern")
         return _open_files(files, source)
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", source) or path.suffix in (".parquet", *LABEL_SUFFIXES):
+    if not HUB_ID.fullmatch(source) or path.suffix in (".parquet", *LABEL_SUFFIXES):
         raise InputError(
             f"{source}: no such file or folder; give a parquet file, a folder, a labels file "
             f"or the owner/name of a data set on a hub"
         )
     return _open_folder(download(source, hub=hub, subset=subset, split=split), subset=subset, split=split)
+
+
+def parquet_files(
+    source: str, *, hub: Literal["modelscope", "huggingface"], subset: str | None = None, split: str = "train"
+) -> list[Path]:
+    """The parquet files behind a file, a pattern, a folder or a hub id, whatever their columns.
+
+    Raises:
+        InputError: nothing there, or no parquet files.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        files = [path]
+    elif glob.has_magic(source):
+        files = sorted(Path(found) for found in glob.glob(str(path), recursive=True))  # noqa: PTH207
+    else:
+        if not path.is_dir() and not HUB_ID.fullmatch(source):
+            raise InputError(f"{source}: no such file; `latexocr csv2json` writes one")
+        folder = path if path.is_dir() else download(source, hub=hub, subset=subset, split=split)
+        config = _card_config(folder, subset)
+        patterns = _split_patterns(config, split)
+        base = folder / subset if config is None and subset is not None else folder
+        files = (
+            _parquet_of_split(base, split)
+            if patterns is None
+            else sorted({file for pattern in patterns for file in folder.glob(pattern)})
+        )
+    if not files or any(file.suffix != ".parquet" for file in files):
+        raise InputError(f"{source}: needed are .parquet files, found {_list(file.name for file in files)}")
+    return files
 
 
 # --- hubs: the only lines that need a network -------------------------------------------------------------

@@ -32,8 +32,10 @@ from latexocr.contract import Contract, config_fingerprint, fingerprint, write_t
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.families import Family
+from latexocr.formats import Access
 from latexocr.images import ImagePolicy
 from latexocr.initialisation import loftq, pissa
+from latexocr.metrics.fields import check_fields
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
@@ -44,6 +46,7 @@ from latexocr.modeling import (
     inner_model,
     load_base,
     load_processor,
+    positions_per_second,
     resolve_checkpoint,
     trainable_parameters,
 )
@@ -60,6 +63,7 @@ from latexocr.run_folder import (
 )
 from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
+from latexocr.streaming import Stream, first_records
 from latexocr.tracking import Sample, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.train_config import TrainConfig
 from latexocr.trainer import FINAL, FormulaTrainer, validation_file
@@ -172,7 +176,7 @@ def train(config: TrainConfig) -> TrainResult:
         adapter_dir=trained_dir if config.finetuning == "lora" else None,
         metrics=_final_metrics(trainer) | evaluation,
         model_dir=trained_dir if config.finetuning == "full" else None,
-        num_dropped=len(training.dropped),
+        num_dropped=trainer.train_dataset.num_dropped if config.streaming else len(training.dropped),
         stopped_by=stop.received,
         is_main_process=trainer.is_world_process_zero(),
     )
@@ -200,8 +204,11 @@ def load_data(config: TrainConfig) -> Data:
     base_folder, preprocessor = load_preprocessor(config)
     if config.augment:  # a wrong style is refused before anything is measured
         _variation(config).picture(Image.new("L", (64, 32), "white"), np.random.default_rng(0))
-    training = _select(config, config.train_json, preprocessor)
+    training = _select(config, config.train_json, preprocessor, streaming=config.streaming)
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
+    if config.answer_format == "json":
+        for record in (record for selection in (training, validation) if selection for record in selection.records):
+            check_fields(record.text, record.where)
     batches = _batches_by_budget(config, training, preprocessor)
     return Data(base_folder, preprocessor, training, validation, batches)
 
@@ -248,10 +255,10 @@ def load_model(
 
 def _training_facts(config: TrainConfig, data: Data) -> dict[str, Any]:
     """What people will want to know of the run; files by their last two names, because checkpoints are given away."""
+    known = {"train_records": len(data.training.records), "dropped": len(data.training.dropped)}
     facts = {
         "train_json": _short(config.train_json),
-        "train_records": len(data.training.records),
-        "dropped": len(data.training.dropped),
+        **({} if config.streaming else known),
         "recipe": config.recipe,
         "options": config.notable,
     }
@@ -347,7 +354,16 @@ def build_trainer(
     if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
         logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
-    padded = FormulaCollator(tokenizer=processor.tokenizer, family=family)
+    if config.cuda_graphs and data.training.records.kinds.talk:
+        logger.info("steps are not captured as CUDA graphs: not all records are one picture and its answer")
+        config.cuda_graphs = False
+    padded = FormulaCollator(
+        tokenizer=processor.tokenizer,
+        family=family,
+        blank=data.preprocessor.blank,
+        merge_size=processor.image_processor.merge_size,
+    )
+    collate = _training_collator(config, padded)
     return FormulaTrainer(
         model=model,
         args=config,
@@ -357,17 +373,30 @@ def build_trainer(
         lengths=data.training.counts.total,
         batches=data.batches,
         on_board=on_board,
-        train_dataset=FormulaDataset(
-            data.training.records, data.preprocessor, as_bytes=True, variation=_variation(config)
+        train_dataset=(
+            _stream(config, data, collate) if config.streaming else _dataset(data.training, data, _variation(config))
         ),
-        eval_dataset=(
-            FormulaDataset(data.validation.records, data.preprocessor, as_bytes=True) if data.validation else None
-        ),
-        data_collator=_training_collator(config, padded, processor),
+        eval_dataset=_dataset(data.validation, data) if data.validation else None,
+        data_collator=collate,
         eval_collator=padded,
         processing_class=processor,
         callbacks=list(callbacks),
     )
+
+
+def _dataset(selection: Selection, data: Data, variation: Variation | None = None) -> FormulaDataset:
+    """Pictures travel as bytes; the patches of a video are numbers, and a batch holds one or the other."""
+    records = selection.records
+    return FormulaDataset(records, data.preprocessor, as_bytes=not records.kinds.video, variation=variation)
+
+
+def _stream(config: TrainConfig, data: Data, collate: FormulaCollator) -> Stream:
+    return Stream(
+        config.train_json, data.preprocessor, collate, access=_access(config), hub=config.hub,
+        max_length=config.max_length, overlong=config.overlong, batch_size=config.per_device_train_batch_size,
+        rank=config.process_index, world_size=config.world_size,
+        seed=config.data_seed if config.data_seed is not None else config.seed,
+    )  # fmt: skip
 
 
 def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
@@ -388,12 +417,13 @@ def announce(
     trainer: FormulaTrainer, training: Selection, validation: Selection | None, cache: VisionCache | None = None
 ) -> str:
     """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
-    config, dataset = trainer.args, trainer.train_dataset
+    config, preprocessor = trainer.args, trainer.train_dataset.preprocessor
     total = sum(num_weights(parameter) for parameter in trainer.model.parameters())
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
-    rates = learning_rates(trainer.model, dataset.preprocessor.family, config)
+    rates = learning_rates(trainer.model, preprocessor.family, config)
     where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
+    first = "a stream, of which the first " if config.streaming else ""
     batch, steps_an_epoch, steps = count_steps(config, len(training.records), trainer.batches)
     if trainer.batches is None:
         size = f"{config.per_device_train_batch_size} a device"
@@ -405,11 +435,11 @@ def announce(
         f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
         f"{_arithmetic(config)} on {config.device}",
         f"trainable   {trained:,} ({100 * trained / total:.2f}%): {where}",
-        f"train       {len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
+        f"train       {first}{len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
         f"tokens a record: {_statistics(training)}",
     ]
     if set(rates.values()) != {config.learning_rate}:
-        lines.append(f"rates       {', '.join(_shown_rates(rates, dataset.preprocessor.family))}")
+        lines.append(f"rates       {', '.join(_shown_rates(rates, preprocessor.family))}")
     if validation:
         generated = min(len(validation.records), config.eval_generate_samples)
         lines.append(
@@ -423,8 +453,8 @@ def announce(
         )
     lines += [
         f"steps       {steps:,} of {batch} records ({size} x {config.gradient_accumulation_steps} accumulated x "
-        f"{config.world_size} ranks), {steps_an_epoch:,} an epoch",
-        f"example     {decode_sample(dataset[0], dataset.preprocessor)}",
+        f"{config.world_size} ranks)" + ("" if config.streaming else f", {steps_an_epoch:,} an epoch"),
+        f"example     {decode_sample(preprocessor(training.records[0]), preprocessor)}",
     ]
     return "\n".join(lines)
 
@@ -486,14 +516,27 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
     if config.prompt is None:
         config.prompt = known.prompt if known else PROMPT
     pieces = add_tokens(processor.tokenizer, read_words(config.new_tokens))
-    return base_folder, Preprocessor(processor, family, policy, config.prompt, pieces)
-
-
-def _select(config: TrainConfig, path: str, preprocessor: Preprocessor) -> Selection:
-    return select(
-        read_records(path), preprocessor, max_length=config.max_length, overlong=config.overlong,
-        num_workers=config.dataloader_num_workers,
+    preprocessor = Preprocessor(
+        processor, family, policy, config.prompt, pieces, supervised_turns=config.supervised_turns,
+        empty_thinking=config.empty_thinking, positions_per_second=positions_per_second(base_folder),
     )  # fmt: skip
+    return base_folder, preprocessor
+
+
+def _select(config: TrainConfig, path: str, preprocessor: Preprocessor, *, streaming: bool = False) -> Selection:
+    """The records of a file that fit; of a stream the first ones, for all that is to be known before training."""
+    read = first_records if streaming else read_records
+    return select(
+        read(path, access=_access(config), hub=config.hub),
+        preprocessor,
+        max_length=config.max_length,
+        overlong=config.overlong,
+        num_workers=config.dataloader_num_workers,
+    )
+
+
+def _access(config: TrainConfig) -> Access:
+    return Access(urls=config.allow_urls, outside=config.allow_outside_paths)
 
 
 def _tracked(config: TrainConfig, output_dir: Path, checkpoint: Path | None) -> AbstractContextManager[Tracker]:
@@ -517,13 +560,10 @@ def _variation(config: TrainConfig) -> Variation | None:
     return Variation(config.token_corruption, config.augment, config.seed)
 
 
-def _training_collator(config: TrainConfig, padded: FormulaCollator, processor: Any) -> FormulaCollator:
+def _training_collator(config: TrainConfig, padded: FormulaCollator) -> FormulaCollator:
     if not config.flatten:
         return padded
-    merge_size = processor.image_processor.merge_size
-    return FlattenedCollator(
-        tokenizer=padded.tokenizer, family=padded.family, merge_size=merge_size, round_up=config.cuda_graphs
-    )
+    return FlattenedCollator(**vars(padded), round_up=config.cuda_graphs)
 
 
 def _batches_by_budget(config: TrainConfig, training: Selection, preprocessor: Preprocessor) -> BudgetSampler | None:
@@ -565,6 +605,7 @@ def _evaluate_kept(trainer: FormulaTrainer, output_dir: Path) -> dict[str, float
     if not trainer.is_world_process_zero() or not answers.is_file():  # nothing generated
         return {}
     rows = [json.loads(line) for line in answers.read_text(encoding="utf-8").split("\n") if line]
-    evaluation = score_rows(rows, output_dir / "evaluation")
-    logger.info(f"report: {output_dir / 'evaluation' / 'report.html'}")
+    evaluation = score_rows(rows, output_dir / "evaluation", answer_format=trainer.args.answer_format)
+    if evaluation.engine:
+        logger.info(f"report: {output_dir / 'evaluation' / 'report.html'}")
     return {f"eval_{name}": value for name, value in evaluation.metrics.items()}

@@ -16,6 +16,7 @@ from latexocr.config import OUR_NAMES, TrainOptions, typed_values
 from latexocr.errors import InputError, nearest
 from latexocr.lora import kernels_available, runs_kernels
 from latexocr.metrics import METRICS
+from latexocr.metrics.fields import FIELD_METRICS
 from latexocr.modeling import default_dtype
 from latexocr.quantization import Quantization, check_installed
 
@@ -59,10 +60,13 @@ class TrainConfig(TrainOptions, TrainingArguments):
             if self.save_strategy == "steps":
                 self.save_steps = self.eval_steps or self.logging_steps
         if self.metric_for_best_model is None:
-            self.metric_for_best_model = "eval_edit_distance" if self.eval_generate_samples else "eval_loss"
+            generated = "eval_field_match" if self.answer_format == "json" else "eval_edit_distance"
+            self.metric_for_best_model = generated if self.eval_generate_samples else "eval_loss"
         if self.greater_is_better is None:
             metric = METRICS.get(self.best_metric)
-            self.greater_is_better = metric is not None and metric.better == "higher"
+            self.greater_is_better = self.best_metric in FIELD_METRICS or (
+                metric is not None and metric.better == "higher"
+            )
         if self.load_best_model_at_end is None:
             self.load_best_model_at_end = self.eval_strategy != "no" and self.save_strategy in (
                 self.eval_strategy,
@@ -115,7 +119,18 @@ class TrainConfig(TrainOptions, TrainingArguments):
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
             self._n_gpu = 1  # Trainer would fall back to nn.DataParallel, which is slow and splits our batches wrongly
 
+    def _check_streaming(self) -> None:
+        if self.max_steps <= 0:
+            raise InputError("streaming does not know how many records there are: set max_steps")
+        for name in ("max_tokens_per_batch", "max_patches_per_batch", "cache_vision_features", "augment",
+                     "token_corruption"):  # fmt: skip
+            if getattr(self, name):
+                raise InputError(f"{name} needs records that can be read again: leave out it or --streaming")
+        self.ignore_data_skip = True  # the stream itself begins at the batch that is due
+
     def _check(self) -> None:
+        if self.streaming:
+            self._check_streaming()
         if self.init_from_config and self.finetuning == "lora":
             raise InputError("init_from_config makes random weights: nothing to adapt; add --finetuning full")
         self._check_trained()
@@ -147,7 +162,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
-        known = ["loss", *METRICS]
+        known = ["loss", *(METRICS if self.answer_format == "latex" else FIELD_METRICS)]
         if self.metric_for_best_model is not None and self.best_metric not in known:
             raise InputError(
                 f"metric_for_best_model {self.metric_for_best_model!r} is not measured"
@@ -233,7 +248,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
     @property
     def picks_by_pictures(self) -> bool:
         """Whether every validation must render formulas because the best checkpoint is chosen by it."""
-        return self.best_metric in METRICS and METRICS[self.best_metric].needs_pictures
+        latex = self.answer_format == "latex"
+        return latex and self.best_metric in METRICS and METRICS[self.best_metric].needs_pictures
 
     @property
     def no_random_state(self) -> bool:

@@ -49,6 +49,7 @@ from latexocr.optimizers import parameter_groups
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
+from latexocr.streaming import Stream
 from latexocr.tracking import Sample
 from latexocr.vision_cache import GivenFeatures
 
@@ -69,7 +70,7 @@ class FormulaTrainer(Trainer):
         batches: this rank's micro-batches, where they are not of `per_device_train_batch_size` samples.
         eval_collator: padded batches for generation; `data_collator` makes those for training and for losses.
         on_board: called on the main process after every validation with the fixed samples, predictions filled in.
-        kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s.
+        kwargs: as for `transformers.Trainer`; the datasets are `FormulaDataset`s, for training also a `Stream`.
     """
 
     def __init__(
@@ -150,8 +151,11 @@ class FormulaTrainer(Trainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """The stock loader with workers that survive a signal to the whole job."""
+        if isinstance(self.train_dataset, Stream):
+            self._sampler = self.train_dataset
+            return self._own_loader(batch_size=None, collate_fn=_as_it_is)
         if self.batches is not None:
-            return self._loader_by_budget(self.batches)
+            return self._own_loader(batch_sampler=self.batches, collate_fn=self.data_collator)
         loader = super().get_train_dataloader()
         self._loader = inner = loader.base_dataloader  # accelerate iterates over this one
         inner.worker_init_fn = partial(outlive_stop_signals, then=inner.worker_init_fn)
@@ -159,12 +163,11 @@ class FormulaTrainer(Trainer):
         inner.generator = torch.Generator()
         return loader
 
-    def _loader_by_budget(self, batches: BudgetSampler) -> DataLoader:
+    def _own_loader(self, **batches: Any) -> DataLoader:
         """Every rank has its own batches: accelerate only moves them to the device, as one process of one."""
         self._loader = loader = DataLoader(
             self.train_dataset,
-            batch_sampler=batches,
-            collate_fn=self.data_collator,
+            **batches,
             num_workers=self.args.dataloader_num_workers,
             pin_memory=self.args.dataloader_pin_memory,
             persistent_workers=self.args.dataloader_persistent_workers,
@@ -178,6 +181,7 @@ class FormulaTrainer(Trainer):
             num_processes=1,
             process_index=0,
             put_on_device=True,
+            dispatch_batches=False,
             non_blocking=self.accelerator.non_blocking,
         )
 
@@ -384,7 +388,9 @@ class FormulaTrainer(Trainer):
         scores: list[Any] = [None]
         if self.is_world_process_zero():
             predictions = [answer.as_row(dataset.records[row]) for row, answer in sorted(answers.items())]
-            scores = [quick_scores(predictions, pictures=self.args.picks_by_pictures)]
+            scores = [
+                quick_scores(predictions, pictures=self.args.picks_by_pictures, answer_format=self.args.answer_format)
+            ]
             path = validation_file(Path(self.args.output_dir), self.state.global_step)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_predictions(path, predictions)
@@ -425,7 +431,10 @@ class FormulaTrainer(Trainer):
         board = []
         for row in rows[: self.args.board_samples]:
             record = dataset.records[row]
-            picture = load_image(record.image_path, record.where)
+            shown = next((one for one in record.media if one.kind == "image"), None)
+            if shown is None:
+                continue
+            picture = load_image(shown.load(), record.where)
             board.append(Sample(image=picture, prediction=answers[row].text, reference=record.text, id=record.id))
         self.on_board(board, self.state.global_step)
 
@@ -482,6 +491,8 @@ class FormulaTrainer(Trainer):
             self.given_features.park()
         if self._average:
             self._average.load(Path(self._resumed_from) if self._resumed_from else None)
+        if isinstance(self.train_dataset, Stream):
+            self.train_dataset.first_batch = self.state.global_step * self.args.gradient_accumulation_steps
         path = Path(self._resumed_from or "") / LOSS_METER
         if self._resumed_from and path.is_file():
             meter = json.loads(path.read_text(encoding="utf-8"))
@@ -588,6 +599,11 @@ class _NoInputGradients(TrainerCallback):
         inner_model(self.trainer.model).disable_input_require_grads()
 
 
+def _as_it_is(batch: dict[str, Any]) -> dict[str, Any]:
+    """PyTorch would make lists of tuples."""
+    return batch
+
+
 class _Prompts(torch.utils.data.Dataset):
     """The prompts of a dataset's rows, for generation."""
 
@@ -596,7 +612,7 @@ class _Prompts(torch.utils.data.Dataset):
 
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         record = self.dataset.records[0 if row == MASKED else row]
-        return self.dataset.preprocessor.prompt_features(record.image_path, record.where, as_bytes=True)
+        return self.dataset.preprocessor.prompt_of(record, as_bytes=True)
 
 
 def spread(num_rows: int, num_chosen: int) -> list[int]:

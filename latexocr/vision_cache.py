@@ -25,7 +25,7 @@ from latexocr.errors import InputError
 from latexocr.families import family_of
 from latexocr.modeling import inner_model
 from latexocr.preprocess import Preprocessor, Selection
-from latexocr.records import Record
+from latexocr.records import Records
 from latexocr.stopping import outlive_stop_signals
 
 FOLDER = "vision_features"  # in output_dir: kept for resuming, removed when training has come to its end
@@ -164,6 +164,8 @@ class VisionCache:
     def __init__(self, trainer: Any, selection: Selection, preprocessor: Preprocessor, contract: Contract) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise InputError("cache_vision_features needs whole weights on every rank: not with FSDP or DeepSpeed")
+        if selection.records.kinds.talk:
+            raise InputError("cache_vision_features needs records of one picture and its answer; leave it out")
         self.trainer, self.contract, self.patches_per_token = trainer, contract, preprocessor.patches_per_token
         self.images = _Images(selection.records, preprocessor)
         (example,) = self._features([self.images[0]])
@@ -213,8 +215,7 @@ class VisionCache:
         """What the features depend on; images by name, size and time of change."""
         digest = hashlib.sha256()
         for record in self.images.records:
-            status = record.image_path.stat()
-            digest.update(f"{record.image_path} {status.st_size} {status.st_mtime_ns}\n".encode())
+            digest.update(f"{_version(record.media[0].content)}\n".encode())
         return {
             "base_fingerprint": self.contract.base_fingerprint,
             "quantization": str(self.contract.quantization),
@@ -261,15 +262,24 @@ class VisionCache:
         return features.cpu().split(sizes)
 
 
+def _version(content: Path | bytes | str) -> str:
+    """Tells one picture from another, and a file from what it was before."""
+    if not isinstance(content, Path):
+        return hashlib.sha256(content if isinstance(content, bytes) else content.encode()).hexdigest()
+    status = content.stat()
+    return f"{content} {status.st_size} {status.st_mtime_ns}"
+
+
 @dataclass(frozen=True)
 class _Images(Dataset):
     """The records' images as patches."""
 
-    records: list[Record]
+    records: Records
     preprocessor: Preprocessor
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        return self.preprocessor.patches(self.records[index].image_path, self.records[index].where)
+        record = self.records[index]
+        return self.preprocessor.patches(record.media[0].load(), record.where)

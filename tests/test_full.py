@@ -125,7 +125,7 @@ def test_corrupted_tokens_are_shown_and_not_asked_for(config, tiny):
     """Half of what the decoder is shown of an answer is wrong, in other places in every epoch; labels, prompt and end
     token stay; half of a long answer, so a count far from half is a mistake."""
     _, preprocessor = load_preprocessor(config())
-    record = Record("1", SAMPLE / "images/000000.png", "x + " * 100 + "y", "record 1")
+    record = Record.of_picture("1", SAMPLE / "images/000000.png", "x + " * 100 + "y", "record 1")
     (answer,) = preprocessor.answers([record.text], [None])
     dataset = FormulaDataset([record] * 2, preprocessor, variation=Variation(token_corruption=0.5, seed=7))
     first, again = dataset[0], dataset[0]
@@ -145,7 +145,7 @@ def test_corrupted_tokens_are_shown_and_not_asked_for(config, tiny):
 def test_pictures_vary_from_epoch_to_epoch(full, tiny, tmp_path):
     """The same picture again in the same epoch, another one in the next and for another record; a style must exist."""
     _, preprocessor = load_preprocessor(full())
-    record = Record("1", SAMPLE / "images/000000.png", "x", "record 1")
+    record = Record.of_picture("1", SAMPLE / "images/000000.png", "x", "record 1")
     dataset = FormulaDataset([record] * 2, preprocessor, variation=Variation(augment="print", seed=7))
     first, again, other = dataset[0], dataset[0], dataset[1]
     assert all(torch.equal(first[key], again[key]) for key in first)

@@ -172,7 +172,7 @@ def batches(config) -> dict[str, dict]:
     data = load_data(config())
     dataset = FormulaDataset(data.training.records, data.preprocessor)
     padded = FormulaCollator(tokenizer=data.preprocessor.processor.tokenizer, family=data.preprocessor.family)
-    flattened = _training_collator(config(), padded, data.preprocessor.processor)
+    flattened = _training_collator(config(), padded)
     rows = [dataset[0], dataset[1]]
     return {"padded": padded(rows), "flattened": flattened(rows), "one": flattened(rows[:1])}
 

@@ -6,9 +6,10 @@ import json
 import pickle
 
 import pytest
-from conftest import write_records
+from conftest import SAMPLE, write_records
 
 from latexocr.errors import InputError
+from latexocr.formats import Media
 from latexocr.records import read_records
 
 
@@ -31,7 +32,7 @@ def test_one_record_a_line(tmp_path):
     [
         ("[{]", "malformed JSON at line 1"),
         ('{"a": 1}', "needs a list of records"),
-        ('[{"image": "a.png", "text": "x"}]', r"record 0: needs .* has keys \['image', 'text'\]"),
+        ('[{"picture": "a.png", "text": "x"}]', r"record 0: needs .* has keys \['picture', 'text'\]"),
         ('["a.png"]', "record 0: needs .* has str"),
         ('[{"conversations": [{"role": "user", "value": "a.png"}]}]', r"with roles \['user'\]"),
         ('[{"conversations": [{"role": "user", "value": 3}, {"role": "assistant", "value": "x"}]}]', "must be text"),
@@ -97,3 +98,60 @@ def test_a_file_that_is_replaced_does_no_harm_and_one_that_is_overwritten_is_not
     write_records(path, [("c.png", "another")])
     with pytest.raises(InputError, match=r"t\.json: was written to while it is in use; start again"):
         found[0]
+
+
+def table(folder, **columns):
+    from datasets import Dataset
+
+    return Dataset.from_dict({name: list(values) for name, values in columns.items()})
+
+
+PNG = (SAMPLE / "images/000000.png").read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "folder"])
+def test_tables(tmp_path, monkeypatch, kind):
+    """Pictures stay encoded, whether the column says that they are pictures or not; texts stay texts."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    from datasets import Image
+
+    rows = table(tmp_path, image=[{"bytes": PNG, "path": "a.png"}, {"bytes": PNG, "path": None}], text=["x", "nan"])
+    rows = rows.cast_column("image", Image())
+    if kind == "saved":
+        rows.save_to_disk(str(tmp_path / "saved"))
+    else:
+        (tmp_path / "folder").mkdir()
+        rows.to_parquet(str(tmp_path / "folder/train-00000.parquet"))
+    path = {"parquet": "folder/train-00000.parquet", "saved": "saved", "folder": "folder"}[kind]
+    found = read_records(tmp_path / path)
+    assert [record.text for record in found] == ["x", "nan"] and not found.kinds.talk
+    assert found[1].media[0].content == PNG and found[1:][0].id == "1"
+    assert found[0].where == ("state.json" if kind == "saved" else "train-00000.parquet") + " record 0 (inline image)"
+    assert [record.text for record in pickle.loads(pickle.dumps(found))] == ["x", "nan"]
+
+
+def test_a_table_of_conversations(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    talk = [{"role": "user", "content": "<image>a"}, {"role": "assistant", "content": "b"}]
+    rows = table(tmp_path, messages=[talk], images=[[{"bytes": PNG, "path": None}]])
+    rows.to_parquet(str(tmp_path / "t.parquet"))
+    (record,) = read_records(tmp_path / "t.parquet")
+    assert record.turns[0].parts == (Media("image", PNG), "a") and record.text == "b"
+    table(tmp_path, picture=["a"]).to_parquet(str(tmp_path / "bad.parquet"))
+    with pytest.raises(InputError, match=r"bad\.parquet record 0: needs .* has keys \['picture'\]"):
+        read_records(tmp_path / "bad.parquet")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("no/such/file", "no such file"),
+        ("t.csv", "csv2json --csv .*t.csv --train-json train.json"),
+        ("broken.parquet", "broken.parquet: not a readable table"),
+    ],
+)
+def test_tables_that_cannot_be_used(tmp_path, name, message):
+    (tmp_path / "t.csv").write_text("image_path,text\n")
+    (tmp_path / "broken.parquet").write_text("x")
+    with pytest.raises(InputError, match=message):
+        read_records(tmp_path / name)

@@ -34,7 +34,7 @@ def skewed(num_records: int) -> Selection:
         TokenCounts(30, max(16, int(chance.lognormvariate(4.2, 0.7))), max(3, int(chance.lognormvariate(3.8, 0.9))))
         for _ in range(num_records)
     ]
-    records = [Record(str(index), Path("x.png"), "x", f"record {index}") for index in range(num_records)]
+    records = [Record.of_picture(str(index), Path("x.png"), "x", f"record {index}") for index in range(num_records)]
     return Selection(records, table(counts), [])
 
 
@@ -46,7 +46,7 @@ def sampler(selection: Selection, *, rank: int = 0, world_size: int = 1, **limit
 def test_a_plan_to_check_by_hand():
     """Tokens 6 4 3 3 2 (patches 4 a token of the image, which is 1): 18 tokens need two batches of at most 10."""
     counts = [TokenCounts(0, 1, total - 1) for total in (6, 4, 3, 3, 2)]
-    records = [Record(str(index), Path("x.png"), "x", f"record {index}") for index in range(5)]
+    records = [Record.of_picture(str(index), Path("x.png"), "x", f"record {index}") for index in range(5)]
     batches = list(sampler(Selection(records, table(counts), []), max_tokens=10, max_patches=None))
     assert sorted(sample for batch in batches for sample in batch) == [0, 1, 2, 3, 4]
     assert len(batches) == 2
@@ -115,7 +115,7 @@ def test_halves_of_a_step():
 
 def test_a_record_above_the_budget_is_named():
     counts = [TokenCounts(10, 20, 30), TokenCounts(10, 20, 300)]
-    records = [Record(str(index), Path("x.png"), "x", f"record {index}") for index in range(2)]
+    records = [Record.of_picture(str(index), Path("x.png"), "x", f"record {index}") for index in range(2)]
     with pytest.raises(InputError, match="record 1 has 330 tokens, more than max_tokens_per_batch 300"):
         sampler(Selection(records, table(counts), []), max_tokens=300)
     with pytest.raises(InputError, match="record 0 has 80 patches, more than max_patches_per_batch 79"):

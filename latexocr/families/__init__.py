@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from latexocr.errors import InputError, nearest
 
@@ -31,6 +32,9 @@ class Family:
         padded: per-token inputs that the tokenizer does not pad, with their padding value.
         concatenated: per-image inputs, joined along their first dimension; those that a batch has.
         deepstack: the vision tower also gives features of its middle layers to the first decoder layers.
+        video: what tells the frames of a video apart: "grid" (positions count on by one), "seconds" (positions by
+            time) or "timestamps" (text between pictures); None: no videos.
+        vision_marks: what stands around each picture of a video with time stamps.
         grid_free: the vision tower knows pictures by boundaries and positions alone, not by their grids.
         framing_tokens: those around an image that count as its own in `moe_mm_token_type_ids`.
         raster: the image processor gives patches row by row, and they are merged behind the vision tower; elsewhere
@@ -51,6 +55,8 @@ class Family:
     padded: tuple[tuple[str, int], ...] = (("mm_token_type_ids", 0),)
     concatenated: tuple[str, ...] = ("pixel_values", "image_features", "image_grid_thw")
     deepstack: bool = False
+    video: Literal["grid", "seconds", "timestamps"] | None = None
+    vision_marks: tuple[str, str] = ("<|vision_start|>", "<|vision_end|>")
     grid_free: bool = False
     framing_tokens: tuple[str, ...] = ()
     raster: bool = False

@@ -5,6 +5,7 @@ from latexocr.families import LANGUAGE, Family
 FAMILY = Family(
     name="Qwen2.5-VL",
     model_types=("qwen2_5_vl",),
+    video="seconds",
     lora_targets={
         **LANGUAGE,
         "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",

@@ -5,6 +5,7 @@ from latexocr.families import LANGUAGE, Family
 FAMILY = Family(
     name="Qwen2-VL",
     model_types=("qwen2_vl",),
+    video="grid",
     grid_free=True,
     lora_targets={
         **LANGUAGE,

@@ -5,6 +5,7 @@ from latexocr.families import LANGUAGE, Family
 FAMILY = Family(
     name="Qwen3-VL",
     model_types=("qwen3_vl",),
+    video="timestamps",
     deepstack=True,
     lora_targets={
         **LANGUAGE,
