@@ -21,14 +21,59 @@ from latexocr.contract import write_text
 HEADS = {"README.md": "| option | default | meaning |", "README.zh-CN.md": "| 选项 | 默认值 | 含义 |"}
 BETWEEN = re.compile(r"(?<=<!-- options -->\n).*?(?=<!-- /options -->)", re.DOTALL)
 CHINESE = {
+    "training records: .json or .jsonl, .parquet, a folder that datasets saved, or a hub id[:subset[:split]]": (
+        "训练记录：.json、.jsonl、.parquet、datasets 保存的目录，或模型库 id[:子集[:划分]]"
+    ),
+    "validation records, likewise; without them nothing is evaluated": ("验证记录，格式同上；没有则不做验证"),
+    "open URLs that records name, anew at every use": ("允许打开记录中的 URL，每次使用都重新读取"),
+    "open files that records name outside of their data file's folder": ("允许打开数据文件所在目录之外的文件"),
+    "read training records as they come, never all of them (needs max_steps)": (
+        "边读边训练，不读入全部记录（需要 max_steps）"
+    ),
+    "answers of a conversation that are trained": ("训练对话中的哪些回答：全部（all）或最后一个（last）"),
+    "answers without reasoning begin with an empty <think> block": ("没有思考过程的回答以空的 <think> 块开头"),
+    "what answers are: chooses the metrics of validation": ("回答的格式，决定验证时使用的指标：latex 或 json"),
+    "what gets adapters: language, vision, merger, attention, mlp, or one of one: vision.mlp": (
+        "给哪些部分加适配器：language、vision、merger、attention、mlp，或其中之一的一部分，如 vision.mlp"
+    ),
+    "in place of lora_components: the layers whose whole path matches this regular expression": (
+        "代替 lora_components：整个路径匹配此正则表达式的层"
+    ),
+    "pissa: adapters begin as the main part of the weights; loftq: as what 4 bits lost of them": (
+        "pissa：适配器从权重的主成分开始；loftq：从 4 位量化丢失的部分开始"
+    ),
+    "scale the update by lora_alpha / sqrt(lora_r), for large ranks": (
+        "更新乘以 lora_alpha / sqrt(lora_r)，适合大的秩"
+    ),
+    "train the length of each row of the weights apart from its direction; slower": (
+        "把权重每行的长度与方向分开训练；较慢"
+    ),
+    "LoRA+: the second matrix of an adapter learns this many times faster, such as 16": (
+        "LoRA+：适配器第二个矩阵的学习率倍数，例如 16"
+    ),
+    "full: what is not trained: vision, merger, language, embeddings, or expressions found in parameter names": (
+        "full：不训练的部分：vision、merger、language、embeddings，或在参数名中查找的正则表达式"
+    ),
+    "words, or files of one a line, that become tokens with embeddings of their own": (
+        "成为独立词元的词（或每行一个词的文件），其嵌入会被训练"
+    ),
+    "QLoRA: the frozen base in 4 bits (NF4, double quantisation; bitsandbytes)": (
+        "QLoRA：冻结的底座以 4 位存放（NF4，双重量化；需 bitsandbytes）"
+    ),
+    "the frozen base in 8 bits (LLM.int8; bitsandbytes)": ("冻结的底座以 8 位存放（LLM.int8；需 bitsandbytes）"),
+    "what 4 or 8 bits hold: language, vision, merger": ("以 4 位或 8 位存放的部分：language、vision、merger"),
+    "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)": (
+        "混合专家：专家使用不均衡损失的权重（默认：按 config.json）"
+    ),
+    "others for parts, such as vision=1e-5 merger=1e-5 language=1e-4 embeddings=2e-5 new_tokens=1e-3": (
+        "各部分单独的学习率，例如 vision=1e-5 embeddings=2e-5 new_tokens=1e-3"
+    ),
     "base model: a folder or a hub id": "底座模型：本地目录或模型库 id",
     "fresh weights from the base's config.json instead of its own (needs full)": (
         "按底座的 config.json 随机初始化权重，不用它的权重（需要 full）"
     ),
     "where a hub id is downloaded from": "从哪个平台下载 id 对应的文件",
     "run Python code that comes with a checkpoint": "是否运行检查点自带的 Python 代码",
-    "training records, as csv2json writes them": "训练记录，即 csv2json 的输出",
-    "validation records; without them nothing is evaluated": "验证记录；不给则不做验证",
     "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/": (
         "输出目录：检查点、metrics.jsonl、config.yaml、adapter/ 或 model/"
     ),
@@ -57,7 +102,6 @@ CHINESE = {
     "rank": "LoRA 的秩",
     "scale: the update is multiplied by lora_alpha / lora_r": "缩放：更新量乘以 lora_alpha / lora_r",
     "dropout before the adapter": "适配器之前的 dropout",
-    "which parts get adapters: language, vision, merger": "给哪些部分加适配器：language、vision、merger",
     "share of answer tokens that the decoder is shown wrong in training": "训练时解码器看到的错误答案 token 的比例",
     "style in which each training picture is varied anew in every epoch": "每轮训练以何种风格重新变换每张图片",
     "passes over the training records": "训练数据遍历几遍",

@@ -58,7 +58,7 @@ def test_both_readmes_have_the_same_commands_and_python():
     assert len(english) >= 20
     assert {words[1] for words in english if words[0] == "latexocr"} == {
         "data2csv", "synthesize", "csv2json", "doctor", "preview", "plan", "train", "evaluate", "score", "predict",
-        "merge", "build",
+        "merge", "build", "info", "upload",
     }  # fmt: skip
     for language in ("python", "yaml"):
         assert blocks(READMES[0], language) == blocks(READMES[1], language)
@@ -77,7 +77,7 @@ def test_every_latexocr_command_parses(monkeypatch):
         else:
             parser_for(verb, getattr(importlib.import_module(module), function)).parse_args(argv)
         seen.append(verb)
-    assert len(seen) == 23
+    assert len(seen) == 28
 
 
 def test_every_flag_in_the_text_exists():
