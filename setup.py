@@ -36,6 +36,7 @@ setup(
     extras_require={
         "dashboard": DASHBOARD,
         "tensorboard": ["tensorboard>=2.18"],
+        "qlora": ["bitsandbytes>=0.46.1"],
         "dev": [
             *DASHBOARD,
             "tensorboard>=2.18",

@@ -94,7 +94,7 @@ def build_config(model_type: str, size: str, tokenizer: Any) -> Any:
 
 
 def build_tokenizer(texts: list[str], dialect: Dialect, vocab_size: int = 1024) -> Any:
-    """A byte-level BPE tokenizer with the special tokens and chat template of a family, trained on records of `texts`."""
+    """A byte-level BPE tokenizer with a family's special tokens and chat template, trained on records of `texts`."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     bpe = Tokenizer(models.BPE())
@@ -163,10 +163,10 @@ def build_processor(dialect: Dialect, tokenizer: Any, patch_size: int) -> Any:
     import transformers
 
     processor, image, *video = (getattr(transformers, name) for name in dialect.processor)
-    parts = {"video_processor": made(patch_size=patch_size, **dialect.video) for made in video}
-    return processor(
-        image_processor=image(patch_size=patch_size), tokenizer=tokenizer, chat_template=dialect.template, **parts
-    )
+    parts = {"image_processor": image(patch_size=patch_size), "tokenizer": tokenizer}
+    if video:
+        parts["video_processor"] = video[0](patch_size=patch_size, **dialect.video)
+    return processor(**parts, chat_template=dialect.template)
 
 
 def read_corpus(path: Path) -> list[str]:

@@ -23,13 +23,12 @@ ocr = LatexOCR.from_pretrained("{place}"{base})
 print(ocr("formula.png"))
 ```
 
-or `latexocr predict --model {place} formula.png`. Prompt, picture sizes and end token come from `latexocr.json`."""
+or `latexocr predict --model {place} formula.png`; DIR is this folder. Prompt, picture sizes and end token come from
+`latexocr.json`."""
 ELSEWHERE = """\
 Other software must do the same as training did: the picture first, then exactly the prompt below, greedy decoding
 without a repetition penalty until `{end}`, and pictures of the sizes below."""
-MERGE_FIRST = (
-    "For other programs (vLLM, llama.cpp) make a whole model: `latexocr merge --adapter DIR --output MERGED`."
-)
+MERGE_FIRST = "For vLLM, llama.cpp and others make a whole model: `latexocr merge --adapter DIR --output MERGED`."
 WHOLE = """\
 It is an ordinary transformers checkpoint: `AutoModelForImageTextToText.from_pretrained(DIR)`, or `vllm serve DIR`."""
 
@@ -52,7 +51,7 @@ def card(found: Info) -> str:
         "## Use",
         _use(found),
         "## What it is",
-        _table(found.rows()),
+        _table(_rows(found)),
     ]
     if found.options:
         options = ", ".join(f"`{text}`" for text in option_texts(found.options))
@@ -99,11 +98,20 @@ def _use(found: Info) -> str:
     return "\n\n".join([use, ELSEWHERE.format(end=found.contract.end_token), MERGE_FIRST if adapter else WHOLE])
 
 
+def _rows(found: Info) -> list[tuple[str, str]]:
+    """What has no section of its own; of a base in a folder its name, for a card is read elsewhere."""
+    rows = {name: text for name, text in found.rows() if name not in ("options", "scores")}
+    if found.base_model and not HUB_ID.fullmatch(found.base_model):
+        rows["base model"] = Path(found.base_model).name
+    return list(rows.items())
+
+
 def _scores(found: Info) -> str:
     training = found.training
     text = f"Validation at step {training['evaluation'].get('step')}."
     if "val_records" in training:
-        text += f" The loss is of {training['val_records']:,} records, the rest of {training['generated_records']:,}."
+        of, generated = training["val_records"], training["generated_records"]
+        text += f" Records: {of:,}" + (f"; for all but the loss {generated:,} of them." if generated < of else ".")
     return f"{text}\n\n{_table((name, f'{value:.4g}') for name, value in found.scores.items())}"
 
 

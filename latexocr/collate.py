@@ -211,7 +211,10 @@ def rope_positions(
 
 @lru_cache(maxsize=4096)
 def _patch_positions(grid_thw: tuple[int, int, int], merge_size: int) -> torch.Tensor:
-    """(patches, 2) rows and columns of an image's patches, in blocks of `merge_size` a side; most images of a data set share a few hundred grids."""
+    """(patches, 2) rows and columns of an image's patches, in blocks of `merge_size` a side.
+
+    Most images of a data set share a few hundred grids.
+    """
     return get_vision_position_ids(torch.tensor([grid_thw]), merge_size)
 
 

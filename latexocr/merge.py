@@ -197,8 +197,11 @@ def _corrects_rounding(contract: Contract | None) -> bool:
 
 def _cast_parameters(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Only the weights: casting buffers too (rotary frequencies) would lose what is computed at loading."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)
+    from latexocr.modeling import keeps_float32
+
+    for name, parameter in model.named_parameters():
+        if not keeps_float32(model, name):
+            parameter.data = parameter.data.to(dtype)
 
 
 def log_probabilities(ocr: LatexOCR, pictures: list[Image.Image], answers: list[str]) -> list[torch.Tensor]:

@@ -251,9 +251,8 @@ def load_base(
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization:
         if stored:
-            raise InputError(
-                f"{folder}: its weights are stored rounded ({stored}) already; leave load_in_{quantization.bits}bit out"
-            )
+            option = f"load_in_{quantization.bits}bit"
+            raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave {option} out")
         check_installed(f"{folder} in {quantization.bits} bits", "--base-bits 16")
         targets = family_in(folder).target_regex(list(quantization.parts))
         options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
@@ -327,10 +326,18 @@ def save_for_training(model: PreTrainedModel, folder: Path, state_dict: dict[str
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=False)
 
 
+def keeps_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether the model has this weight in float32 whatever the others are in: a router, whose choices are jumps."""
+    words = model._keep_in_fp32_modules_strict or ()
+    return any(re.search(rf"(?:^|\.){re.escape(word)}(?:\.|$)", name) for word in words)
+
+
 def save_for_use(model: PreTrainedModel, folder: Path, state_dict: dict[str, torch.Tensor] | None) -> None:
     """All weights in bfloat16 under the hub's key names: an ordinary checkpoint. Arguments as `save_for_training`."""
     weights = model.state_dict() if state_dict is None else state_dict
-    rounded = {value.data_ptr(): value.bfloat16() for value in weights.values()}  # tied weights stay one
+    rounded = {  # by address: tied weights stay one
+        value.data_ptr(): value if keeps_float32(model, name) else value.bfloat16() for name, value in weights.items()
+    }
     state_dict = {name: rounded[value.data_ptr()] for name, value in weights.items()}
     with no_progress_bars():
         model.save_pretrained(folder, state_dict=state_dict, save_original_format=True)

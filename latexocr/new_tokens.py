@@ -25,13 +25,15 @@ def read_words(new_tokens: Sequence[str]) -> list[str]:
     """The words that `new_tokens` means: itself, or the lines of files that are named.
 
     Raises:
-        InputError: an empty word or one that comes twice.
+        InputError: a file that is no text, a blank word or one that comes twice.
     """
     words = []
     for word in new_tokens:
-        path = Path(word)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else [word]
-        words += [line for line in lines if line] if path.is_file() else lines
+        try:
+            is_file = Path(word).is_file()
+            words += filter(None, Path(word).read_text(encoding="utf-8").splitlines()) if is_file else [word]
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"new_tokens: {word[:100]}: no word and no file of words in UTF-8 ({error})") from error
     double = sorted({word for word in words if words.count(word) > 1 or not word.strip()})
     if double:
         raise InputError(f"new_tokens: {double[0]!r} is blank or comes twice")

@@ -95,8 +95,9 @@ class LatexOCR:
         from latexocr.preprocess import Preprocessor
 
         path = path or adapter or bundled_base()
-        if adapter in (None, path) and (Path(path) / ADAPTER_CONFIG).is_file():
-            adapter = Path(path)
+        folder = modeling.resolve_checkpoint(path, hub)
+        if adapter in (None, path) and (folder / ADAPTER_CONFIG).is_file():
+            adapter = folder
             contract = modeling.check_adapter(adapter)
             if contract is None:
                 raise InputError(
@@ -104,7 +105,7 @@ class LatexOCR:
                 )
             base_folder = modeling.resolve_base(contract, adapter)
         else:
-            base_folder = modeling.resolve_checkpoint(path, hub)
+            base_folder = folder
         family = modeling.family_in(base_folder)
         if device and device.startswith("cuda") and not torch.cuda.is_available():
             raise InputError(f"device is {device!r}, but no GPU can be used here; leave it out or say cpu")

@@ -69,7 +69,7 @@ def check_same_run(checkpoint: Path, contract: Contract) -> None:
         "load_in_4bit, load_in_8bit or quantized_parts": (saved.quantization, contract.quantization),
     }
     before, now = (found.training.get("recipe", {}) for found in (saved, contract))
-    pairs |= {name: (before.get(name), now.get(name)) for name in before | now}
+    pairs |= {name: (before[name], now[name]) for name in now if name in before}  # a version may add some
     different = [name for name, (before, now) in pairs.items() if before != now]
     if different:
         raise InputError(

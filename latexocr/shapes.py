@@ -98,7 +98,8 @@ SHAPES: dict[str, dict[str, Shape]] = {
     },
     "paddleocr_vl": {
         "tiny": ({**TINY_TEXT, "head_dim": 32},
-                 dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128, image_size=112)),
+                 dict(num_hidden_layers=2, hidden_size=64, num_attention_heads=4, intermediate_size=128,
+                      image_size=112)),
         "0.9b": (PADDLEOCR_TEXT, dict(num_hidden_layers=27, hidden_size=1152, num_attention_heads=16,
                                       intermediate_size=4304, image_size=384)),
     },

@@ -283,7 +283,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("cuda_graphs needs a GPU, flatten, bf16, and fused_lora or full; leave it out")
         if self.lora_init != "default" and sharded:
             raise InputError(f"lora_init {self.lora_init} needs whole weights (no FSDP, no DeepSpeed): leave it out")
-        for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights"):
+        for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights", "load_in_4bit", "load_in_8bit"):
             if getattr(self, name) and sharded:
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
 

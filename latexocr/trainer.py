@@ -487,6 +487,8 @@ class FormulaTrainer(Trainer):
 
     def restore_from_checkpoint(self) -> None:
         """Called when training begins, after stock Trainer has loaded the weights and set the loss meter to zero."""
+        if self.given_features:
+            self.given_features.park()
         if self._average:
             self._average.load(Path(self._resumed_from) if self._resumed_from else None)
         if isinstance(self.train_dataset, Stream):

@@ -100,6 +100,20 @@ class GivenFeatures:
         self._deepstack = family_of(inner.config.model_type).deepstack
         self._place = (inner.model.visual, "forward") if self._deepstack else (inner.model, "get_image_features")
         setattr(*self._place, self._hand_on)
+        decoder = {id(parameter) for parameter in inner.model.language_model.parameters()}
+        self._tower = [parameter for parameter in inner.model.parameters() if id(parameter) not in decoder]
+        self._parked: list[torch.Tensor] = []
+
+    def park(self) -> None:
+        """Keep the tower's weights in the host's memory until pixels are looked at: 1.2 GiB of Qwen2-VL's."""
+        self._parked = [parameter.data.cpu() for parameter in self._tower]
+        for parameter in self._tower:
+            parameter.data = parameter.data.new_empty(0)
+
+    def _unpark(self) -> None:
+        for parameter, values in zip(self._tower, self._parked, strict=True):
+            parameter.data = values.to(parameter.device)
+        self._parked = []
 
     def _hand_on(self, features: torch.Tensor, *_: Any, **__: Any) -> _Handed:
         pooler_output, *deepstack_features = features.split(self._width, dim=1)
@@ -108,11 +122,16 @@ class GivenFeatures:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Pixels are looked at again inside."""
+        parked = bool(self._parked)
+        if parked:
+            self._unpark()
         delattr(*self._place)
         try:
             yield
         finally:
             setattr(*self._place, self._hand_on)
+            if parked:
+                self.park()
 
 
 def image_features(model: Any, pixel_values: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
@@ -199,6 +218,7 @@ class VisionCache:
             digest.update(f"{_version(record.media[0].content)}\n".encode())
         return {
             "base_fingerprint": self.contract.base_fingerprint,
+            "quantization": str(self.contract.quantization),
             "image_policy": asdict(self.contract.image_policy),
             "images": digest.hexdigest(),
             "width": self.file.width,

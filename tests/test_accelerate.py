@@ -9,15 +9,18 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils import launch as launch_utils
 from conftest import ROOT
 from safetensors import safe_open
+from safetensors.torch import load_file
 from test_stop import command, run_until
 
 from latexocr.errors import InputError
@@ -169,6 +172,28 @@ def test_fsdp2_trains_every_weight(config, tiny, records, tmp_path, monkeypatch)
     shutil.rmtree(two / "checkpoint-3")
     train_sharded(tiny, records, two, sharded, *flags, "--resume_from_checkpoint", "true")
     assert logged(two, "loss")[-1] == pytest.approx(logged(one, "loss")[-1], rel=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(find_spec("deepspeed") is None, reason="needs: pip install deepspeed (and compiles for minutes)")
+def test_zero3_equals_one_process(config, tiny, records, tmp_path):
+    """DeepSpeed runs on CPUs too: same losses and gradients, and a whole adapter with the same numbers."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {"model_name_or_path": tiny, "train_json": records["train"], **OPTIONS, "eval_strategy": "no"}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "zero3.yaml"),
+         "--num_processes", "2", "--main_process_port", "29713", str(ROOT / "scripts/train.py"), *flags,
+         "--per_device_train_batch_size", "4", "--output_dir", str(two)],
+        capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    train(config(**{**OPTIONS, "eval_strategy": "no"}, per_device_train_batch_size=8, output_dir=str(one)))
+    for key in ("loss", "grad_norm"):
+        assert len(logged(one, key)) == 3 and logged(two, key) == pytest.approx(logged(one, key), rel=1e-5), key
+    wanted, found = (load_file(output / "adapter/adapter_model.safetensors") for output in (one, two))
+    assert set(found) == set(wanted) and len(wanted) == 42
+    assert all(torch.allclose(found[name], wanted[name], atol=1e-4) for name in wanted)
 
 
 def test_fsdp_settings_that_lose_the_adapter_are_refused():

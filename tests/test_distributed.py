@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -75,6 +77,40 @@ def test_accumulation_on_two_ranks(tiny_models, records, tmp_path):
     for key, count in {"loss": 6, "eval_glyph_f1": 2, "eval_render_rate": 2}.items():
         found = {name: [row[key] for row in rows if key in row] for name, rows in (("one", one), ("two", two))}
         assert len(found["one"]) == count and found["two"] == pytest.approx(found["one"], rel=2e-5), key
+
+
+def test_two_nodes_equal_one_process(config, tiny, records, tmp_path):
+    """Two launchers that meet at a port, as on two machines, with one rank each; they share the output folder."""
+    options = {"max_steps": 3, "gradient_accumulation_steps": 1, "lora_r": 8, "lora_dropout": 0, "logging_steps": 1,
+               "learning_rate": 1e-3, "dataloader_num_workers": 0, "max_new_tokens": 8}  # fmt: skip
+    if find_spec("bitsandbytes"):
+        options["load_in_4bit"] = True  # each rank rounds its own copy
+    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+    train_words = [
+        str(ROOT / "scripts/train.py"), "--model_name_or_path", str(tiny), "--train_json", str(records["train"]),
+        "--output_dir", str(tmp_path / "two"), "--use_cpu", "--per_device_train_batch_size", "4",
+        "--swanlab_mode", "disabled", *words,
+    ]  # fmt: skip
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    nodes = [
+        subprocess.Popen(
+            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
+             str(rank), "--master_addr", "127.0.0.1", "--master_port", port, *train_words],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in (0, 1)
+    ]  # fmt: skip
+    outputs = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], outputs[0][1][-2000:] + outputs[1][1][-2000:]
+    assert ["trainable   " in printed for printed, _ in outputs] == [True, False]
+    train(config(**options, per_device_train_batch_size=8, output_dir=str(tmp_path / "one")))
+    one, two = ([row for row in read_metrics(tmp_path / name) if "loss" in row] for name in ("one", "two"))
+    for key in ("loss", "grad_norm"):
+        assert len(two) == 3 and [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=2e-5)
+    names = {path.name for path in (tmp_path / "two/checkpoint-3").iterdir()}
+    assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
 
 
 def test_two_ranks_stop_together(tiny, records, tmp_path):

@@ -277,8 +277,12 @@ def test_an_adapter_on_experts_is_saved_loaded_and_merged(tiny_models, config, t
     load_adapter(load_base(folder, dtype=torch.float32), result.adapter_dir, folder)  # every tensor fits
     merged = merge(result.adapter_dir, tmp_path / "merged", device="cpu")
     assert merged.merged.largest < 1e-4 and merged.stored.largest < 1e-4
-    with safe_open(tmp_path / "merged/model.safetensors", framework="pt") as file:
+    merge(result.adapter_dir, tmp_path / "rounded", device="cpu", dtype="bfloat16")
+    with safe_open(tmp_path / "rounded/model.safetensors", framework="pt") as file:
         assert HUB_NAMES[ERNIE] < set(file.keys())
+        exact = {name for name in file.keys() if file.get_tensor(name).dtype == torch.float32}  # noqa: SIM118
+    routers = {"gate.weight", "gate.weight_1", "moe_statics.e_score_correction_bias"}
+    assert exact == {f"model.layers.{layer}.mlp.{name}" for layer in (1, 2) for name in routers}
 
 
 def test_router_loss_is_the_models_own(tiny_models, config, tmp_path, monkeypatch):
@@ -296,8 +300,8 @@ def test_router_loss_is_the_models_own(tiny_models, config, tmp_path, monkeypatc
         with monkeypatch.context() as patch:
             if number == 0:
                 patch.setattr(FormulaTrainer, "_loss", watched)
-            train(config(model_name_or_path=str(tiny_models[ERNIE]), output_dir=str(tmp_path / str(number)), max_steps=1,
-                         router_aux_loss_coef=0.5, gradient_accumulation_steps=2, **options))  # fmt: skip
+            train(config(model_name_or_path=str(tiny_models[ERNIE]), output_dir=str(tmp_path / str(number)),
+                         max_steps=1, router_aux_loss_coef=0.5, gradient_accumulation_steps=2, **options))  # fmt: skip
         rows = read_metrics(tmp_path / str(number) / "metrics.jsonl")
         (losses[number],) = [row["loss"] for row in rows if "loss" in row]
     stock = load_base(tiny_models[ERNIE], dtype=torch.float32)
@@ -305,9 +309,8 @@ def test_router_loss_is_the_models_own(tiny_models, config, tmp_path, monkeypatc
     expected = 0.0
     for inputs, num_items in seen:
         share = int((inputs["labels"] != -100).sum()) / num_items
-        expected += (
-            share * stock(**{key: value for key, value in inputs.items() if key != "logits_to_keep"}).loss.item()
-        )
+        inputs = {key: value for key, value in inputs.items() if key != "logits_to_keep"}
+        expected += share * stock(**inputs).loss.item()
     assert len(seen) == 2 and losses == pytest.approx(dict.fromkeys(range(4), expected), rel=1e-5)
 
 

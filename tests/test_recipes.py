@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from conftest import SAMPLE
 from safetensors.torch import load_file
 
-from latexocr.config import TrainOptions, typed_values
+from latexocr.config import OUR_NAMES, TrainOptions, parse_train_arguments, typed_values
 from latexocr.errors import InputError
 from latexocr.initialisation import pissa, write_difference
 from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
 from latexocr.modeling import add_lora, family_in, load_adapter, load_base, load_processor, trainable_parameters
-from latexocr.new_tokens import make_room, token_indices, train_rows
+from latexocr.new_tokens import make_room, read_words, token_indices, train_rows
 from latexocr.optimizers import learning_rates, parameter_groups
 from latexocr.predict import LatexOCR
 from latexocr.train import load_data, load_model, train
@@ -185,7 +186,7 @@ def test_a_run_goes_on_with_the_same_recipe(config, tmp_path):
         train(config(resume_from_checkpoint="true", learning_rates={"language": 1e-4}, **options))
 
 
-def test_rates_from_the_command_line_and_from_yaml(tmp_path):
+def test_rates_from_the_command_line_and_from_yaml(config, tmp_path):
     wanted = {"vision": 1e-5, "new_tokens": 1e-3}
     for value in (
         "vision=1e-5,new_tokens=1e-3",
@@ -193,6 +194,11 @@ def test_rates_from_the_command_line_and_from_yaml(tmp_path):
         {"vision": "1e-5", "new_tokens": 0.001},
     ):
         assert typed_values(TrainOptions, {"learning_rates": value})["learning_rates"] == wanted
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config(learning_rates=wanted, freeze=[r"\.0\."], finetuning="full").resolved()))
+    values = typed_values(TrainOptions, {name: value for name, value in parse_train_arguments(
+        ["--config", str(file)]).items() if name in OUR_NAMES})  # fmt: skip
+    assert (values["learning_rates"], values["freeze"], values["lora_pattern"]) == (wanted, [r"\.0\."], None)
     for value in ("vision", {"vision": "fast"}, 3):
         with pytest.raises(InputError, match=r"option 'learning_rates' is .*, needs names with numbers \(name=0.1"):
             typed_values(TrainOptions, {"learning_rates": value})
@@ -282,6 +288,14 @@ def test_rows_of_new_tokens_equal_stock_peft(tied, tiny):
 def test_words_that_cannot_become_tokens(words, message, config):
     with pytest.raises(InputError, match=message):
         train(config(new_tokens=words))
+
+
+def test_words_of_a_file_are_its_lines(tmp_path):
+    (tmp_path / "words").write_text(" \\alpha\n\n\\beta\n", encoding="utf-8")
+    assert read_words(["x", str(tmp_path / "words")]) == ["x", " \\alpha", "\\beta"]
+    (tmp_path / "picture").write_bytes(b"\x89PNG")
+    with pytest.raises(InputError, match=r"picture: no word and no file of words in UTF-8"):
+        read_words([str(tmp_path / "picture")])
 
 
 def test_new_tokens_in_full_training(config, tmp_path):

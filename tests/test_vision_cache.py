@@ -80,6 +80,12 @@ def test_rounded_up_batches(model_type, tiny_models, config, records):
     assert torch.allclose(logits(given, round_up=True)[: len(plain)], plain, atol=1e-5)
     with given_features.paused():
         assert torch.equal(logits(samples, round_up=False), plain)
+    given_features.park()
+    held, decoder = (sum(map(torch.numel, part.parameters())) for part in (model.model, model.model.language_model))
+    assert held == decoder
+    assert torch.allclose(logits(given, round_up=True)[: len(plain)], plain, atol=1e-5)
+    with given_features.paused():
+        assert torch.equal(logits(samples, round_up=False), plain)
 
 
 def test_file_to_check_by_hand(tmp_path):

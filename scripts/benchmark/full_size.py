@@ -4,9 +4,10 @@
     python scripts/benchmark/full_size.py --model 2b --data outputs/data/train.json --recipes lora qlora --batches 1 16
     python scripts/benchmark/full_size.py --model 7b --data outputs/data/train.json --recipes lora --ranks 2 --sharded
 
-Each run is `latexocr train` in a process of its own, with gradient checkpointing unless told otherwise, and prints one
-line of JSON when it has ended (all of them together at the end). Its last validation loss is compared with that of the saved adapter or model, loaded in
-another process as inference loads it. Random weights are right for speed and memory; their loss falls all the same.
+Each run is `latexocr train` in a process of its own, with gradient checkpointing unless told otherwise; its line of
+JSON goes to stderr when it has ended, all of them are printed at the end. The last validation loss stands beside that
+of the saved adapter or model, loaded in another process as inference loads it. Random weights are right for speed and
+memory; their loss falls all the same.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "lora8bit": {"optim": "adamw_8bit"},
     "qlora": {"load_in_4bit": True, "optim": "adamw_8bit"},
     "qlora_vision": {"load_in_4bit": True, "optim": "adamw_8bit", "quantized_parts": "language,vision,merger"},
+    "qlora_cached": {"load_in_4bit": True, "optim": "adamw_8bit", "cache_vision_features": True},
     "full": {"finetuning": "full", "learning_rate": 1e-5},
     "full8bit": {"finetuning": "full", "learning_rate": 1e-5, "optim": "adamw_8bit"},
 }
