@@ -6,12 +6,17 @@ import os
 import signal
 import sys
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
+
+STEPS_AHEAD = 8  # of the GPU, where
+SLOW_STEP = 1.0  # seconds are not what a step takes
 
 
 class StopSignal(TrainerCallback):
@@ -20,7 +25,8 @@ class StopSignal(TrainerCallback):
     def __init__(self) -> None:
         self.received = 0  # number of the signal that training stops for, the same on all ranks
         self._here = 0  # of the one that this process has got
-        self._asked: tuple[torch.Tensor, torch.cuda.Event] | None = None
+        self._asked: deque[tuple[torch.Tensor, torch.cuda.Event]] = deque()
+        self._steps_ahead, self._since = 0, time.monotonic()
         self._previous: dict[int, Any] = {}
 
     def __enter__(self) -> StopSignal:
@@ -42,32 +48,36 @@ class StopSignal(TrainerCallback):
         """Whether any rank was told to stop: ranks must leave the loop after the same step or they hang."""
         self.received = self._here
         if world_size > 1:
-            self.received = int(self._highest(device))
+            self.received = int(self._highest(device, self._here))
         return self.received != 0
 
     def agreed_before(self, world_size: int, device: torch.device) -> bool:
-        """`agreed` when this was called last, where an answer of now would have to wait for the GPU.
+        """`agreed` a few steps ago, where an answer of now would have to wait for the GPU.
 
-        A step that waits for its end lets the GPU idle until the next one is launched.
+        A step that waits for its end lets the GPU idle until the next one is launched, and a late batch would stop it
+        at once. So steps are launched ahead, unless any rank's last one was slow: then a signal must be heard soon.
         """
         if world_size == 1 or device.type != "cuda":
             return self.agreed(world_size, device)
-        if self._asked:
-            answer, event = self._asked
-            event.synchronize()
-            self.received = int(answer)
-        received = self._highest(device)
-        answer = torch.empty((), dtype=received.dtype, pin_memory=True).copy_(received, non_blocking=True)
+        slow, self._since = time.monotonic() - self._since > SLOW_STEP, time.monotonic()
+        question = self._highest(device, 2 * self._here + slow)
+        answer = torch.empty((), dtype=question.dtype, pin_memory=True).copy_(question, non_blocking=True)
         event = torch.cuda.Event()
         event.record()
-        self._asked = answer, event
+        self._asked.append((answer, event))
+        while len(self._asked) > self._steps_ahead + 1:
+            answer, event = self._asked.popleft()
+            event.synchronize()
+            # all ranks hear the same, so they go on hearing at the same steps
+            self.received, slow = max(self.received, int(answer) // 2), int(answer) % 2
+            self._steps_ahead = 0 if slow else STEPS_AHEAD
         return self.received != 0
 
-    def _highest(self, device: torch.device) -> torch.Tensor:
-        """The highest signal number of all ranks, on its way; made on the device, because a copy would wait for it."""
-        received = torch.full((), self._here, device=device)
-        torch.distributed.all_reduce(received, torch.distributed.ReduceOp.MAX)
-        return received
+    def _highest(self, device: torch.device, number: int) -> torch.Tensor:
+        """The highest number of all ranks, on its way; made on the device, because a copy would wait for it."""
+        highest = torch.full((), number, device=device)
+        torch.distributed.all_reduce(highest, torch.distributed.ReduceOp.MAX)
+        return highest
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.agreed_before(args.world_size, args.device):

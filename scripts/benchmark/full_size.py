@@ -5,9 +5,9 @@
     python scripts/benchmark/full_size.py --model 7b --data outputs/data/train.json --recipes lora --ranks 2 --sharded
 
 Each run is `latexocr train` in a process of its own, with gradient checkpointing unless told otherwise; its line of
-JSON goes to stderr when it has ended, all of them are printed at the end. The last validation loss stands beside that
-of the saved adapter or model, loaded in another process as inference loads it. Random weights are right for speed and
-memory; their loss falls all the same.
+JSON goes to stderr when it has ended, all of them are printed at the end. For the last of the
+batches, the last validation loss stands beside that of the saved adapter or model, loaded in another process as
+inference loads it. Random weights are right for speed and memory; their loss falls all the same.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main() -> None:
     common.OURS |= RECIPES
     more = {"lora_r": arguments.lora_r, **dict(word.split("=", 1) for word in arguments.options)}
     with common.workplace(arguments) as (model, folder):
-        validation = first_rows(arguments.data, folder / "val.json")
+        validation = common.first_rows(arguments.data, folder / "val.json", VALIDATION_ROWS)
         results = []
         for recipe in arguments.recipes:
             for batch in arguments.batches:
@@ -71,26 +71,19 @@ def one_run(
         found = common.train(variant, model, arguments.data, output, steps=steps, ranks=arguments.ranks,
                              sharded=arguments.sharded, options=options)  # fmt: skip
         saved = output / ("model" if recipe.startswith("full") else "adapter")
-        loaded = common.run([sys.executable, Path(__file__), "--loss-of", saved, "--data", validation])
+        again = {}
+        if batch == arguments.batches[-1]:
+            loss = common.run([sys.executable, Path(__file__), "--loss-of", saved, "--data", validation])
+            again = {"loaded_again": round(float(loss.split()[-1]), 5)}
     except common.Failed as error:
         return {"variant": variant, "ranks": arguments.ranks, "failed": str(error)[-600:]}
     losses = found.pop("losses")
     return {
         **found, "ranks": arguments.ranks, "sharded": arguments.sharded, "steps": steps,
         "first_loss": losses[0], "last_loss": losses[-1],
-        "validation_loss": found["eval_loss"], "loaded_again": round(float(loaded.split()[-1]), 5),
+        "validation_loss": found["eval_loss"], **again,
         "saved_gib": round(sum(path.stat().st_size for path in saved.rglob("*") if path.is_file()) / 2**30, 3),
     }  # fmt: skip
-
-
-def first_rows(data: Path, target: Path) -> Path:
-    """The first records of a train.json as a file of their own; the pictures stay where they are."""
-    rows = json.loads(data.read_text(encoding="utf-8"))[:VALIDATION_ROWS]
-    for row in rows:
-        turn = row["conversations"][0]
-        turn["value"] = str((data.parent / turn["value"]).resolve())
-    target.write_text(json.dumps(rows), encoding="utf-8")
-    return target
 
 
 def loss_of(folder: Path, data: Path) -> float:
