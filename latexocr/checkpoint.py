@@ -14,7 +14,7 @@ ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetens
 MODEL_CONFIG, MODEL_WEIGHTS = "config.json", "model.safetensors"
 TRAINER_STATE, LOSS_METER = "trainer_state.json", "loss_meter.json"  # what a resumed training reads
 AVERAGE_WEIGHTS = "average.safetensors"  # beside a checkpoint's own weights, see `latexocr.averaging`
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 class TensorHeader(NamedTuple):

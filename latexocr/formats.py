@@ -60,8 +60,8 @@ SHAPES = (
     "[user image path, assistant LaTeX] under 'conversations', or ShareGPT's 'conversations', or 'messages', or "
     "'image' and 'text', or 'text' with markers"
 )
-# how the frames of a video are chosen: names and meaning as in qwen-vl-utils
 SECONDS = 30  # that a server may take to answer
+# how the frames of a video are chosen: names and meaning as in qwen-vl-utils
 SAMPLING = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
 

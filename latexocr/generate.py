@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +23,7 @@ from latexocr.decoding import Answer, Decoder, Normalise
 from latexocr.formats import Record
 from latexocr.preprocess import Preprocessor
 
-THOUGHT = re.compile(r"^\s*(?:<think>)?[^<]*</think>\s*")  # an empty or short reasoning in front of the answer
+THOUGHT_END = "</think>"  # what stands before is reasoning, no answer
 
 
 @dataclass(frozen=True)
@@ -95,13 +94,16 @@ def generate(
     )
     sizes = ((len(batch["input_ids"]), batch.get("num_samples")) for batch in batches)
     asked = [number is None or at < number for size, number in sizes for at in range(size)]  # not the collator's blank
+    thought_end = tokenizer.added_tokens_encoder.get(THOUGHT_END)
     answers = []
     for row, loss in itertools.compress(rows, asked):
         ids = list(itertools.takewhile(lambda token: token not in ends, row))
         finished = len(ids) < len(row)
+        said = ids[len(ids) - ids[::-1].index(thought_end) :] if thought_end in ids else ids
         # clean_up_tokenization_spaces would eat the spaces before punctuation that LaTeX_OCR's texts have
-        text = tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        text = THOUGHT.sub("", text)
+        text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        if len(said) < len(ids) or THOUGHT_END in text:
+            text = text.rpartition(THOUGHT_END)[2].lstrip()
         confidence = math.exp(-loss) if finished and not math.isnan(loss) else 0.0
         answers.append(Generated(text, len(ids) + finished, finished, confidence))
     return answers

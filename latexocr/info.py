@@ -110,7 +110,7 @@ class Info:
                 ("pictures", self.contract.image_policy.describe()),
                 ("end token", self.contract.end_token),
             ]
-        if "train_records" in self.training:
+        if "train_json" in self.training:
             found.append(("trained on", training_text(self.training)))
         if self.options:
             found.append(("options", ", ".join(option_texts(self.options))))

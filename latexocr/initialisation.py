@@ -21,10 +21,10 @@ from peft.tuners.lora import LoraLayer, ParamWrapper
 from peft.utils.integrations import dequantize_module_weight
 from safetensors.torch import load_file, save_file
 
+from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from latexocr.contract import write_text
 from latexocr.errors import InputError
 from latexocr.lora import ADAPTER
-from latexocr.modeling import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 
 ITERATIONS = 16  # of the randomised decomposition; PiSSA's authors find 16 as good as an exact one
 FULL_BELOW = 4  # times the rank: a matrix this small is decomposed exactly, which costs nothing there

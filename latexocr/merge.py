@@ -56,8 +56,8 @@ class MergeResult:
         merged: difference of log-probabilities, merged against base + adapter, both in float32.
         stored: the same for the checkpoint loaded back from disk, whose weights are rounded to `dtype`.
         dtype: type of the stored weights.
-        rounded_base: difference of base + adapter as trained (in 4 or 8 bits) against whole weights + adapter, which
-            is what is merged; None for an adapter that was trained on whole weights.
+        rounded_base: difference of base + adapter as trained (in 4 or 8 bits) against what is merged: whole weights +
+            adapter, or with LoftQ the rounded ones. None where nothing was rounded or bitsandbytes is missing.
     """
 
     output: Path

@@ -245,6 +245,8 @@ class LatexOCR:
     def stream(self, image: ImageInput, *, max_new_tokens: int = 512, **sampling: Any) -> Iterator[str]:
         """Pieces of the answer as they are generated; joined they are what `__call__` returns, warnings included.
 
+        A thought in front of the answer, if the model writes one, is not left out.
+
         Args:
             image: path, bytes, PIL image or array.
             max_new_tokens: longest answer in tokens.

@@ -140,7 +140,12 @@ class Preprocessor:
 
     def is_plain(self, record: Record) -> bool:
         """Whether all but the answer and the picture's size is the same as for other such records."""
-        return not self.empty_thinking and record.plain
+        return record.plain and not self.writes_thoughts
+
+    @property
+    def writes_thoughts(self) -> bool:
+        """Whether answers begin with an empty thought that the chat template does not write by itself."""
+        return self.empty_thinking and not self.family.empty_reasoning
 
     @cached_property
     def blank(self) -> dict[str, torch.Tensor]:
@@ -294,10 +299,14 @@ class Preprocessor:
     def _spans(self, record: Record) -> list[tuple[str, str]]:
         """What is shown and what is said then, in turn; joined it is the template's rendering."""
         for turn in record.turns:
-            found = self._special_text.search(turn.text)
+            found = self._special_text.search((turn.reasoning or "") + turn.text)
             if found:
                 raise InputError(
                     f"{record.where}: the {turn.role}'s text contains the special token {found[0]}; delete the record"
+                )
+            if self.family.empty_reasoning and (turn.reasoning or "").strip():
+                raise InputError(
+                    f"{record.where}: {self.family.name} is asked to answer without reasoning; leave it out"
                 )
         if record.turns[0].role == "document":
             return self._document(record.turns[0])
@@ -317,7 +326,7 @@ class Preprocessor:
             answer = _answer(said, prompt, whole) or _answer(said, unthought, whole)
             if answer is None:
                 raise InputError(f"{record.where}: {self._changed(whole, prompt, turn.text)}")
-            if not prompt.startswith(written):
+            if not prompt.startswith(written) or (spans and self.family.empty_reasoning):  # left out of earlier ones
                 raise InputError(
                     f"{record.where}: the chat template rewrites earlier turns; add --supervised_turns last"
                 )
@@ -339,7 +348,7 @@ class Preprocessor:
 
     def _thought(self, turn: Turn) -> str:
         """What stands in front of an answer: the block in which Qwen's and ERNIE's templates write reasoning."""
-        if turn.reasoning is None and not self.empty_thinking:
+        if self.family.empty_reasoning or (turn.reasoning is None and not self.empty_thinking):
             return ""
         return f"<think>\n{(turn.reasoning or '').strip(chr(10))}\n</think>\n\n"
 

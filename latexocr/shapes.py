@@ -1,4 +1,4 @@
-"""Sizes of models: those of published checkpoints, from their config.json, and tiny ones for the CPU.
+"""Sizes of models: those of published checkpoints and tiny ones for the CPU.
 
 A shape is (text configuration, vision configuration); vocab_size follows the tokenizer unless it is given.
 """

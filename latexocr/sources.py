@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from latexocr.checkpoint import HUB_ID
 from latexocr.errors import InputError, nearest
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,6 @@ TEXT_COLUMNS = ("text", "latex", "label")
 LABEL_SUFFIXES = (".csv", ".tsv", ".jsonl")
 LABEL_STEMS = ("metadata", "labels", "data")  # looked for in this order
 SPLIT_ALIASES = {"val": "validation", "valid": "validation", "dev": "validation", "eval": "test"}
-HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 BATCH_ROWS = 32  # rows of parquet decoded at a time: photographs of 5 MB each must fit too
 
 

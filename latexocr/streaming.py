@@ -18,11 +18,12 @@ from typing import Any, Literal
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
+from latexocr.checkpoint import HUB_ID
 from latexocr.errors import InputError
 from latexocr.formats import LOCAL, Access, Record, parse
 from latexocr.preprocess import Preprocessor
 from latexocr.records import Kinds, Records, hub_name
-from latexocr.sources import HUB_ID, parquet_files
+from latexocr.sources import parquet_files
 
 BUFFER = 1000  # rows among which a worker picks the next one
 PROBED = 64  # records that are looked at before training

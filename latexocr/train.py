@@ -316,7 +316,8 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
     if config.lora_init == "pissa":
         model.pissa_start = pissa(model, checkpoint, config.device)
     elif config.lora_init == "loftq":
-        loftq(model, load_base(data.base_folder, dtype=dtype), config.device)
+        whole = load_base(data.base_folder, dtype=dtype, trust_remote_code=config.trust_remote_code)
+        loftq(model, whole, config.device)
     return model
 
 
@@ -354,8 +355,11 @@ def build_trainer(
     if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
         logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
-    if config.cuda_graphs and data.training.records.kinds.talk:
-        logger.info("steps are not captured as CUDA graphs: not all records are one picture and its answer")
+    varied = data.training.records.kinds.talk or data.preprocessor.writes_thoughts
+    if config.augment and not config.streaming and varied:
+        raise InputError("augment varies records of one picture and its answer, and not all are: leave it out")
+    if config.cuda_graphs and (config.streaming or data.training.records.kinds.talk):
+        logger.info("steps are not captured as CUDA graphs: records may be more than one picture and its answer")
         config.cuda_graphs = False
     padded = FormulaCollator(
         tokenizer=processor.tokenizer,

@@ -225,6 +225,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
     def _check_quantization(self) -> None:
         if self.load_in_4bit and self.load_in_8bit:
             raise InputError("load_in_4bit and load_in_8bit exclude each other: leave one out")
+        if not self.quantization and tuple(self.quantized_parts) != ("language",):
+            raise InputError("quantized_parts says what 4 or 8 bits hold: add load_in_4bit or load_in_8bit")
         if self.quantization:
             name = f"load_in_{self.quantization.bits}bit"
             if self.finetuning == "full":

@@ -14,4 +14,4 @@ command -v dvipng >/dev/null 2>&1 ||
         "texlive-fonts-recommended dvipng)"
 "$VENV/bin/ruff" check --quiet .
 "$VENV/bin/ruff" format --check --quiet .
-exec "$VENV/bin/python" -m pytest -n auto --maxprocesses 4 --dist loadfile "$@"
+exec "$VENV/bin/python" -m pytest -n auto --maxprocesses 4 --dist worksteal "$@"

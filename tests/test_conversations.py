@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -161,14 +162,31 @@ def test_every_family_talks(model_type, tiny_models, folder):
     end = processor.processor.tokenizer.convert_tokens_to_ids(processor.family.end_token)
     answers = [processor.processor.tokenizer(text, add_special_tokens=False)["input_ids"] for text in "xy"]
     (record,) = read_records(write(folder, TALK))
+    said = [*answers[0], end, *answers[1], end]
+    if processor.family.empty_reasoning:  # written in a prompt, left out of turns that are over
+        with pytest.raises(InputError, match="rewrites earlier turns; add --supervised_turns last"):
+            processor(record)
+        processor, said = replace(processor, supervised_turns="last"), [*answers[1], end]
     sample, prompt = processor(record), processor.prompt_of(record)
     labels = sample["labels"]
-    assert labels[labels != IGNORED].tolist() == [*answers[0], end, *answers[1], end]
+    assert labels[labels != IGNORED].tolist() == said
     assert prompt.keys() == sample.keys() - {"labels"} and len(sample["image_grid_thw"]) == 2
     length = len(sample["input_ids"]) - len(answers[1]) - 1
-    if not processor.family.empty_reasoning:  # else earlier prompts have a thought that finished turns lack
-        assert prompt["input_ids"].tolist() == sample["input_ids"][:length].tolist()
-    assert prompt["input_ids"][-3:].tolist() == sample["input_ids"][length - 3 : length].tolist()
+    assert prompt["input_ids"].tolist() == sample["input_ids"][:length].tolist()
+
+
+def test_reasoning_where_the_template_writes_an_empty_one(tiny_models, folder):
+    """An empty thought is the template's, once; another one would not be asked for in inference."""
+    processor = preprocessor_of(tiny_models["ernie4_5_vl_moe"])
+    seen = []
+    for reasoning in (None, "\n"):
+        turn = {"role": "assistant", "content": "x"} | ({"reasoning_content": reasoning} if reasoning else {})
+        row = {"messages": [{"role": "user", "content": "What?"}, turn]}
+        seen.append(decode_sample(processor(read_records(write(folder, row))[0]), processor))
+    assert seen[0] == seen[1] and seen[0].count("<think>") == 1 and "⟦x" in seen[0]
+    turn["reasoning_content"] = "hm"
+    with pytest.raises(InputError, match="is asked to answer without reasoning; leave it out"):
+        processor(read_records(write(folder, row))[0])
 
 
 def test_a_document_is_learnt_whole(folder, preprocessor):

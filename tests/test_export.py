@@ -1,4 +1,4 @@
-"""What `merge` writes: the official checkpoints' tensors and no others, in shards, in 4 bits; how it decodes."""
+"""What `merge` writes: the hub's tensors as we know them and no others, in shards, in 4 bits; how it decodes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ PICTURE = SAMPLE / "images/000000.png"
 LAYER = "{input,post_attention}_layernorm.weight self_attn.o_proj.weight mlp.{gate,up,down}_proj.weight "
 QWEN2 = LAYER + "self_attn.{q,k,v}_proj.{weight,bias}"
 PLAIN = LAYER + "self_attn.{q,k,v}_proj.weight"
-# Every tensor name in model.safetensors.index.json of the published checkpoints, for tied embeddings: numbers of
-# layers and experts are N, braces as in a shell. (prefix of the names that follow, names), ...
-OFFICIAL = {
+# Tensor names of the published checkpoints as we know them (no index file could be fetched), for tied embeddings:
+# numbers of layers and experts are N, braces as in a shell. (prefix of the names that follow, names), ...
+EXPECTED = {
     "qwen2_vl": (  # Qwen/Qwen2-VL-2B-Instruct
         ("model.", "embed_tokens.weight norm.weight"),
         ("model.layers.N.", QWEN2),
@@ -76,8 +76,8 @@ def expanded(text: str) -> list[str]:
     return ["".join(pieces) for pieces in itertools.product(*parts)]
 
 
-def official_names(model_type: str) -> set[str]:
-    words = (prefix + word for prefix, names in OFFICIAL[model_type] for word in names.split())
+def expected_names(model_type: str) -> set[str]:
+    words = (prefix + word for prefix, names in EXPECTED[model_type] for word in names.split())
     return {name for word in words for name in expanded(word)}
 
 
@@ -91,7 +91,7 @@ def names_in(folder) -> set[str]:
 def test_names_are_as_many_as_published():
     """Qwen2-VL-2B, 28 and 32 layers, has 729 tensors, Qwen2.5-VL-3B, 36 and 32 layers, 824."""
     for model_type, layers, number in (("qwen2_vl", 28, 729), ("qwen2_5_vl", 36, 824)):
-        names = official_names(model_type)
+        names = expected_names(model_type)
         deep, tower = (sum(part in name for name in names) for part in ("layers.N.", "blocks.N."))
         assert len(names) - deep - tower + layers * deep + 32 * tower == number
 
@@ -113,12 +113,12 @@ def adapters(tiny_models, records, tmp_path_factory):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_merged_tensors_are_those_of_the_official_checkpoint(model_type, adapters, tiny_models, tmp_path):
+def test_merged_tensors_have_the_hubs_names(model_type, adapters, tiny_models, tmp_path):
     """Names of the published index, names and shapes of the base; in shards; plain greedy decoding."""
     merged = tmp_path / "merged"
     result = merge(adapters[model_type], merged, device="cpu", max_shard_size="1MB")
     assert result.dtype == "float32" and result.stored.largest < 1e-4
-    assert names_in(merged) == official_names(model_type)
+    assert names_in(merged) == expected_names(model_type)
     shards = sorted(merged.glob("model-*.safetensors"))
     found = [tensor for path in shards for tensor in tensor_headers(path)]
     base = list(tensor_headers(tiny_models[model_type] / "model.safetensors"))

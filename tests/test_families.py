@@ -34,7 +34,7 @@ from latexocr.shapes import SHAPES
 from latexocr.train import load_preprocessor, train
 from latexocr.trainer import FormulaTrainer
 
-# Parameters of the published checkpoints, as the hub counts them in their safetensors.
+# Parameters as we know them of the published checkpoints; ERNIE's is what its shape gives, nobody counted it for us.
 PUBLISHED = {
     ("qwen2_vl", "2b"): 2_208_985_600,
     ("qwen2_vl", "7b"): 8_291_375_616,

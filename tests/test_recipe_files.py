@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from importlib.util import find_spec
 
 import pytest
 import yaml
@@ -81,7 +80,6 @@ def test_every_tutorial_has_its_recipe():
         assert tuple(options.get(name) for name in names) == NUMBERS[recipe.stem], recipe.name
 
 
-@pytest.mark.skipif(find_spec("latexocr.formats") is None, reason="until record formats are merged")
 @pytest.mark.filterwarnings("ignore")  # of bitsandbytes, about CPUs
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda recipe: recipe.stem)
 def test_a_recipe_trains(recipe, tiny_models, tmp_path):
