@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 DASHBOARD = ["swanlab[dashboard]>=0.10.3"]
+QLORA = ["bitsandbytes>=0.46.1"]
 
 setup(
     name="latexocr",
@@ -36,9 +37,10 @@ setup(
     extras_require={
         "dashboard": DASHBOARD,
         "tensorboard": ["tensorboard>=2.18"],
-        "qlora": ["bitsandbytes>=0.46.1"],
+        "qlora": QLORA,
         "dev": [
             *DASHBOARD,
+            *QLORA,
             "tensorboard>=2.18",
             "pytest>=8",
             "pytest-timeout>=2.3",
