@@ -28,6 +28,7 @@ or `latexocr predict --model {place} formula.png`; DIR is this folder. Prompt, p
 ELSEWHERE = """\
 Other software must do the same as training did: the picture first, then exactly the prompt below, greedy decoding
 without a repetition penalty until `{end}`, and pictures of the sizes below."""
+READS = {"latex": "formulas as LaTeX", "json": "images as JSON"}
 MERGE_FIRST = "For vLLM, llama.cpp and others make a whole model: `latexocr merge --adapter DIR --output MERGED`."
 WHOLE = """\
 It is an ordinary transformers checkpoint: `AutoModelForImageTextToText.from_pretrained(DIR)`, or `vllm serve DIR`."""
@@ -46,7 +47,7 @@ def card(found: Info) -> str:
     """
     parts = [
         _front_matter(found),
-        f"# {found.base_model and Path(found.base_model).name}, reading formulas as LaTeX",
+        f"# {found.base_model and Path(found.base_model).name}, reading {READS[_answers(found)]}",
         _what(found),
         "## Use",
         _use(found),
@@ -62,6 +63,10 @@ def card(found: Info) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def _answers(found: Info) -> str:
+    return found.contract.answer_format if found.contract else "latex"
+
+
 def _front_matter(found: Info) -> str:
     """YAML for the hubs. A base that is a folder is left out: they refuse what is no id of theirs."""
     import yaml
@@ -70,7 +75,7 @@ def _front_matter(found: Info) -> str:
     values: dict[str, Any] = {
         "library_name": "peft" if adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
-        "tags": ["latexocr", "latex", "ocr", *(["lora"] if adapter else [])],
+        "tags": ["latexocr", _answers(found), "ocr", *(["lora"] if adapter else [])],
     }
     if found.base_model and HUB_ID.fullmatch(found.base_model):
         relation = "adapter" if adapter else "quantized" if found.quantised else "finetune"
@@ -83,8 +88,8 @@ def _what(found: Info) -> str:
     if found.quantised:
         what += f" with {found.weight_type} weights"
     return (
-        f"{what} of the family {found.family or found.model_type} that reads an image of a formula and writes its "
-        "LaTeX, trained with latexocr."
+        f"{what} of the family {found.family or found.model_type}, trained with latexocr for "
+        f"reading {READS[_answers(found)]}."
     )
 
 

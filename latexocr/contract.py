@@ -45,6 +45,8 @@ class Contract:
         end_token: what ends an answer.
         hub: where `base_model` comes from when it is a hub id.
         quantization: how the base was rounded in training; None where it was not, or is stored like that.
+        answer_format: what answers are: LaTeX, or JSON objects.
+        empty_thinking: in earlier turns too, answers without reasoning begin with an empty thought.
         confidence_exponent: power of a whole answer's probability that makes it honest; 1 where too few validation
             answers were there to fit it on.
         min_confidence: answers below it are probably wrong (`latexocr.metrics.calibration`); None where too few
@@ -61,6 +63,8 @@ class Contract:
     end_token: str
     hub: str = "modelscope"
     quantization: Quantization | None = None
+    answer_format: str = "latex"
+    empty_thinking: bool = False
     confidence_exponent: float = 1.0
     min_confidence: float | None = None
     training: dict[str, Any] = field(default_factory=dict)

@@ -43,7 +43,7 @@ def evaluate(
     base_bits: Literal[4, 8, 16] | None = None,
     trust_remote_code: bool = False,
     pictures: bool = True,
-    answer_format: Literal["latex", "json"] = "latex",
+    answer_format: Literal["latex", "json"] | None = None,
     allow_urls: bool = False,
     allow_outside_paths: bool = False,
 ) -> Evaluation:
@@ -67,7 +67,8 @@ def evaluate(
             (default: as the adapter was trained).
         trust_remote_code: run Python code that comes with a checkpoint.
         pictures: render predictions and references and compare the pictures too.
-        answer_format: what answers are: LaTeX, or JSON objects that are compared field by field.
+        answer_format: what answers are: LaTeX, or JSON objects that are compared field by field (default: as the model
+            was trained, else LaTeX).
         allow_urls: open URLs that records name.
         allow_outside_paths: open files that records name outside of the data file's folder.
 
@@ -105,6 +106,8 @@ def evaluate(
     )  # fmt: skip
     rows = [answer.as_row(record) for record, answer in zip(records, answers, strict=True)]
     write_predictions(output_dir / "predictions.jsonl", rows)
+    if answer_format is None:
+        answer_format = ocr.contract.answer_format if ocr.contract else "latex"
     return score_rows(rows, output_dir, pictures=pictures, answer_format=answer_format)
 
 

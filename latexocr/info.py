@@ -38,7 +38,15 @@ LORA_TENSOR = re.compile(
     r"^base_model\.model\.(.+?)\.(?:lora_(?:A|B|embedding_A|embedding_B|magnitude_vector)\b|token_)"
 )
 # Of an evaluation's figures, those that a reader of one line wants.
-SCORES = ("eval_loss", "eval_exact_match", "eval_exact_match_level2", "eval_edit_distance", "eval_bleu")
+SCORES = (
+    "eval_loss",
+    "eval_exact_match",
+    "eval_field_match",
+    "eval_json_rate",
+    "eval_exact_match_level2",
+    "eval_edit_distance",
+    "eval_bleu",
+)
 
 
 @dataclass(frozen=True)

@@ -136,8 +136,9 @@ class LatexOCR:
         # Settings that a checkpoint stores for chat would be mixed into ours.
         modeling.inner_model(model).generation_config = modeling.greedy_config(processor, family)
         preprocessor = Preprocessor(
-            processor, family, policy, prompt, positions_per_second=modeling.positions_per_second(base_folder)
-        )
+            processor, family, policy, prompt, positions_per_second=modeling.positions_per_second(base_folder),
+            empty_thinking=contract is not None and contract.empty_thinking,
+        )  # fmt: skip
         return cls(model.eval(), preprocessor, contract)
 
     def __call__(self, images: ImageInput | Sequence[ImageInput], **options: Any) -> str | list[str]:

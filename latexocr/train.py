@@ -118,7 +118,7 @@ class TrainResult:
         return f"{self.trained_dir.name}: {self.trained_dir}  {scores}"
 
 
-BEST_SHOWN = ("eval_exact_match", "eval_edit_distance", "eval_bleu", "eval_glyph_f1")
+BEST_SHOWN = ("eval_exact_match", "eval_field_match", "eval_edit_distance", "eval_bleu", "eval_glyph_f1")
 
 
 def train(config: TrainConfig) -> TrainResult:
@@ -209,6 +209,12 @@ def load_data(config: TrainConfig) -> Data:
     if config.answer_format == "json":
         for record in (record for selection in (training, validation) if selection for record in selection.records):
             check_fields(record.text, record.where)
+    if validation and config.eval_generate_samples and validation.records.kinds.talk:
+        for record in validation.records:
+            if record.turns[0].role == "document":
+                raise InputError(
+                    f"{record.where}: a text with markers asks nothing to be answered; add --eval_generate_samples 0"
+                )
     batches = _batches_by_budget(config, training, preprocessor)
     return Data(base_folder, preprocessor, training, validation, batches)
 
@@ -236,6 +242,8 @@ def load_model(
         prompt=config.prompt,
         image_policy=data.preprocessor.policy,
         end_token=family.end_token,
+        answer_format=config.answer_format,
+        empty_thinking=config.empty_thinking,
         training=_training_facts(config, data),
     )
     if checkpoint:

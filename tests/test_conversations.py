@@ -341,15 +341,33 @@ def test_mixed_records_train_and_evaluate(folder, config, tiny):
 
 
 def test_json_answers_train(folder, config):
+    from latexocr.evaluate import evaluate
     from latexocr.train import train
 
     path = write(folder, *({"image": f"{name}.png", "text": json.dumps({"plate": name})} for name in "abc"))
     options = {"train_json": str(path), "val_json": str(path), "answer_format": "json", "max_steps": 1}
     result = train(config(**options))
     assert result.metrics["eval_json_rate"] == 0 and result.metrics["eval_field_match.plate"] == 0
+    found = evaluate(result.adapter_dir, path, folder / "found", max_new_tokens=4)  # it knows what its answers are
+    assert found.metrics["json_rate"] == 0 and "bleu" not in found.metrics
+    assert "images as JSON" in (result.adapter_dir / "README.md").read_text(encoding="utf-8")
     write(folder, {"image": "a.png", "text": "x"})
     with pytest.raises(InputError, match=r"t\.jsonl record 0 \(a\.png\): 'x' is no JSON object"):
         train(config(**options, output_dir=str(folder / "other")))
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"val_json": "t.jsonl"}, r"t\.jsonl record 0 \(.*\): a text with markers asks nothing to be answered"),
+    ({"augment": "scan"}, "augment varies records of one picture and its answer, and not all are"),
+    ({"cache_vision_features": True}, "cache_vision_features needs records of one picture and its answer"),
+])  # fmt: skip
+def test_what_documents_cannot_have(options, message, folder, config):
+    from latexocr.train import train
+
+    path = write(folder, {"text": "Lorem<image_no_1>ipsum", "image_no_1": "a.png"})
+    options = {name: str(path) if name == "val_json" else value for name, value in options.items()}
+    with pytest.raises(InputError, match=message):
+        train(config(train_json=str(path), eval_generate_samples=1, **options))
 
 
 @pytest.mark.slow
