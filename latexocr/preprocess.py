@@ -142,6 +142,10 @@ class Preprocessor:
         """Whether all but the answer and the picture's size is the same as for other such records."""
         return record.plain and not self.writes_thoughts
 
+    def all_plain(self, records: Records) -> bool:
+        """Whether `is_plain` holds for every record of a file, by what is known of the file."""
+        return not (records.kinds.talk or self.writes_thoughts)
+
     @property
     def writes_thoughts(self) -> bool:
         """Whether answers begin with an empty thought that the chat template does not write by itself."""

@@ -205,6 +205,8 @@ def load_data(config: TrainConfig) -> Data:
     if config.augment:  # a wrong style is refused before anything is measured
         _variation(config).picture(Image.new("L", (64, 32), "white"), np.random.default_rng(0))
     training = _select(config, config.train_json, preprocessor, streaming=config.streaming)
+    if config.augment and not preprocessor.all_plain(training.records):
+        raise InputError("augment varies records of one picture and its answer, and not all are: leave it out")
     validation = _select(config, config.val_json, preprocessor) if config.val_json else None
     if config.answer_format == "json":
         for record in (record for selection in (training, validation) if selection for record in selection.records):
@@ -363,9 +365,6 @@ def build_trainer(
     if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
         logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
-    varied = data.training.records.kinds.talk or data.preprocessor.writes_thoughts
-    if config.augment and not config.streaming and varied:
-        raise InputError("augment varies records of one picture and its answer, and not all are: leave it out")
     if config.cuda_graphs and (config.streaming or data.training.records.kinds.talk):
         logger.info("steps are not captured as CUDA graphs: records may be more than one picture and its answer")
         config.cuda_graphs = False

@@ -164,7 +164,7 @@ class VisionCache:
     def __init__(self, trainer: Any, selection: Selection, preprocessor: Preprocessor, contract: Contract) -> None:
         if trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled:
             raise InputError("cache_vision_features needs whole weights on every rank: not with FSDP or DeepSpeed")
-        if selection.records.kinds.talk or preprocessor.writes_thoughts:
+        if not preprocessor.all_plain(selection.records):
             raise InputError("cache_vision_features needs records of one picture and its answer; leave it out")
         self.trainer, self.contract, self.patches_per_token = trainer, contract, preprocessor.patches_per_token
         self.images = _Images(selection.records, preprocessor)
