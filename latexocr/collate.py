@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -11,11 +10,11 @@ import torch
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DataCollatorForSeq2Seq
-from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import bucketed
 from latexocr.families import Family
 from latexocr.preprocess import joined
+from latexocr.tower import Tower, boundaries
 
 
 @dataclass
@@ -35,12 +34,12 @@ class FormulaCollator(DataCollatorForSeq2Seq):
     Args:
         family: says which inputs are which.
         blank: `Preprocessor.blank`, which joins a batch that shows nothing; the batch's `num_samples` leaves it out.
-        merge_size: patches a side of a visual token.
+        tower: what the vision tower has to be told.
     """
 
     family: Family | None = None
     blank: dict[str, torch.Tensor] | None = None
-    merge_size: int = 2
+    tower: Tower = field(default_factory=Tower)
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
         num_samples, features = len(features), self._with_picture(features)
@@ -81,7 +80,7 @@ class FormulaCollator(DataCollatorForSeq2Seq):
     def _positions(self, feature: dict[str, torch.Tensor]) -> torch.Tensor:
         grids = feature.get("image_grid_thw", torch.empty(0, 3, dtype=torch.long))
         return rope_positions(
-            feature["mm_token_type_ids"], grids, self.merge_size, intervals=feature.get("frame_intervals")
+            feature["mm_token_type_ids"], grids, self.tower.merge_size, intervals=feature.get("frame_intervals")
         )
 
 
@@ -90,9 +89,9 @@ class FlattenedCollator(FormulaCollator):
     """Samples -> one row without padding, for `latexocr.attention`: 20 to 30% fewer tokens, one attention call.
 
     Positions and boundaries are computed here, on the CPU in a worker, so that the step never waits for the GPU to
-    say where an image begins. `text_cu_seqlens` and `image_cu_seqlens` (sequences + 1,) are boundaries in tokens and
-    patches; `position_ids` (3, 1, length) restart in every sample. `image_grid_thw` is a tuple
-    where only its size is read, by the host; families whose vision tower reads the grids get them as a tensor.
+    say where an image begins. `text_cu_seqlens` (sequences + 1,) are boundaries in tokens; `position_ids`
+    (3, 1, length) restart in every sample; what the vision tower is told, see `Tower.told`. `image_grid_thw` is a
+    tuple where only its size is read, by the host; a tower that needs the grids gets them as a tensor.
 
     With `round_up` the row is filled up with one more sequence, unsupervised and without pictures, so that few shapes
     occur: a shape can be captured as a CUDA graph.
@@ -129,7 +128,7 @@ class FlattenedCollator(FormulaCollator):
             "labels": labels[None],
             "logits_to_keep": kept,
             "position_ids": positions[:, None],
-            "text_cu_seqlens": _boundaries(lengths),
+            "text_cu_seqlens": boundaries(lengths),
             "text_max_seqlen": bucketed(max(lengths)),
         }
 
@@ -141,29 +140,24 @@ class FlattenedCollator(FormulaCollator):
     def _given(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         """Features in the place of pixels, as of one picture: only their number is read from the grid."""
         rows = torch.cat([feature["image_features"] for feature in features])
-        if self.round_up and not self.family.deepstack:
+        if self.round_up:
             rows = pad(rows, (0, 0, 0, rounded(len(rows)) - len(rows)))
-        return {"image_features": rows, "image_grid_thw": ((1, self.merge_size, self.merge_size * len(rows)),)}
+        return {"image_features": rows, "image_grid_thw": self._only_size(len(rows) * self.tower.merge_size**2)}
 
     def _images(self, features: list[dict[str, Any]]) -> dict[str, Any]:
         shown = self._joined(features)
-        grids, pixel_values = shown["image_grid_thw"], shown["pixel_values"]
-        together = 1 if self.family.raster else self.merge_size
-        positions = torch.cat([_patch_positions(tuple(row), together) for row in grids.tolist()])
-        patches = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0]).tolist()
-        if self.round_up and self.family.grid_free:
-            extra = rounded(len(pixel_values)) - len(pixel_values)
-            patches.append(extra)
-            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(extra, *pixel_values.shape[1:])])
-            positions = pad(positions, (0, 0, 0, extra))
-        only_size_is_read = ((1, self.merge_size, len(pixel_values) // self.merge_size),)
+        grids, pixel_values, filler = shown["image_grid_thw"], shown["pixel_values"], None
+        if self.round_up and not self.tower.needs_grids:
+            filler = rounded(len(pixel_values)) - len(pixel_values)
+            pixel_values = torch.cat([pixel_values, pixel_values.new_zeros(filler, *pixel_values.shape[1:])])
         return {
             "pixel_values": pixel_values,
-            "image_grid_thw": only_size_is_read if self.family.grid_free else grids,
-            "image_position_ids": positions,
-            "image_cu_seqlens": _boundaries(patches),
-            "image_max_seqlen": bucketed(max(patches)),
+            "image_grid_thw": grids if self.tower.needs_grids else self._only_size(len(pixel_values)),
+            **self.tower.told(grids, filler=filler, round_up=rounded if self.round_up else int),
         }
+
+    def _only_size(self, patches: int) -> tuple[tuple[int, int, int]]:
+        return ((1, self.tower.merge_size, patches // self.tower.merge_size),)
 
 
 def rope_positions(
@@ -209,15 +203,6 @@ def rope_positions(
     return torch.from_numpy(positions)
 
 
-@lru_cache(maxsize=4096)
-def _patch_positions(grid_thw: tuple[int, int, int], merge_size: int) -> torch.Tensor:
-    """(patches, 2) rows and columns of an image's patches, in blocks of `merge_size` a side.
-
-    Most images of a data set share a few hundred grids.
-    """
-    return get_vision_position_ids(torch.tensor([grid_thw]), merge_size)
-
-
 def rounded(size: int, *, steps: int = 16) -> int:
     """`size` rounded up to one of `steps` sizes a power of two, a multiple of 64.
 
@@ -226,7 +211,3 @@ def rounded(size: int, *, steps: int = 16) -> int:
     """
     step = max(64, 2 ** (size.bit_length() - 1) // steps)
     return -(-size // step) * step
-
-
-def _boundaries(lengths: list[int]) -> torch.Tensor:
-    return torch.tensor([0, *lengths]).cumsum(0).to(torch.int32)

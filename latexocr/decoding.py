@@ -20,9 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from peft.tuners.lora import Linear as LoraLinear
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import cross_entropy, linear, pad, scaled_dot_product_attention
+from torch.nn.functional import cross_entropy, linear, scaled_dot_product_attention
 from transformers import AttentionInterface, GenerationConfig
-from transformers.vision_utils import get_vision_position_ids
 
 from latexocr.attention import VARLEN_CAPABILITY, bucketed, varlen_attention
 from latexocr.collate import rope_positions
@@ -31,6 +30,7 @@ from latexocr.layers import fuse_layers
 from latexocr.lora import kernels_available
 from latexocr.modeling import inner_model
 from latexocr.preprocess import joined
+from latexocr.tower import Tower, boundaries
 
 DECODING = "flash_varlen_decoding"  # "flash" in the name: see latexocr.attention
 # Settings that do not change what greedy decoding means.
@@ -118,7 +118,7 @@ class Decoder:
         self._ends = torch.tensor([ends] if isinstance(ends, int) else list(ends), device=self._device)
         self._pad, self._max_new_tokens = config.pad_token_id, config.max_new_tokens
         self._family = family_of(self._inner.config.model_type)
-        self._merge_size = self._inner.config.vision_config.spatial_merge_size
+        self._tower = Tower.of(self._family, self._inner.config)
         self._loras = [(layer, _short(layer)) for layer in self._inner.modules() if _is_plain_lora(layer)]
         self._cache: KeyValues | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # None: ran once as it is
@@ -135,7 +135,7 @@ class Decoder:
                 twelfth or less of what travels otherwise.
         """
         self._normalise = normalise or (lambda pixel_values: pixel_values)
-        prompts = [prompt for batch in batches for prompt in _prompts(batch, self._merge_size, self._family)]
+        prompts = [prompt for batch in batches for prompt in _prompts(batch, self._tower.merge_size, self._family)]
         on_device = torch.cuda.device(self._device) if self._device.type == "cuda" else nullcontext()
         answers: list[Answer] = []
         with on_device, self._set_up(), sdpa_kernel(BACKENDS):
@@ -268,11 +268,11 @@ class Decoder:
         columns = torch.arange(int(ends[-1])) - ends[rows] + longest
         positions = torch.cat([prompt["position_ids"] for prompt in prompts], dim=1)
         grids = torch.cat([prompt["image_grid_thw"] for prompt in prompts])
-        patches = (grids[:, 1] * grids[:, 2]).repeat_interleave(grids[:, 0])  # of each frame
         inputs = {
             "input_ids": torch.cat([prompt["input_ids"] for prompt in prompts])[None],
             "position_ids": positions[:, None],
-            "text_cu_seqlens": pad(ends, (1, 0)).int(),
+            "text_cu_seqlens": boundaries(lengths.tolist()),
+            "text_max_seqlen": bucketed(int(lengths.max())),
             "logits_to_keep": ends - 1,
             **{key: torch.cat([prompt[key] for prompt in prompts])[None] for key in self._family.token_types},
         }
@@ -280,22 +280,18 @@ class Decoder:
             inputs |= {
                 "pixel_values": joined([prompt["pixel_values"] for prompt in prompts]),
                 "image_grid_thw": grids,
-                "image_position_ids": get_vision_position_ids(grids, 1 if self._family.raster else self._merge_size),
-                "image_cu_seqlens": pad(patches.cumsum(0), (1, 0)).int(),
+                **self._tower.told(grids),
             }
         rows, columns = self._send(rows + first_row), self._send(columns)
         self._mask[rows, columns] = 0
         here = slice(first_row, first_row + len(prompts))
         self._positions[here] = self._send(positions[0, ends - 1])
-        inputs = {name: self._send(value) for name, value in inputs.items()}
-        longest_frame = {"image_max_seqlen": bucketed(int(patches.max()))} if len(grids) else {}
+        inputs = {name: self._send(value) if torch.is_tensor(value) else value for name, value in inputs.items()}
         if len(grids):
             inputs["pixel_values"] = self._normalise(inputs["pixel_values"]).to(self._inner.dtype)
         with self._cache.filling(rows, columns):
             logits = self._inner(
                 **inputs,
-                text_max_seqlen=bucketed(int(lengths.max())),
-                **longest_frame,
                 past_key_values=self._cache,
                 use_cache=True,
             ).logits[0]

@@ -153,17 +153,21 @@ def no_progress_bars() -> Iterator[None]:
 
 @contextlib.contextmanager
 def trusted_placeholders(model: Any) -> Iterator[None]:
-    """Without transformers' check that image tokens and features are equally many: it waits for the GPU.
+    """Features go to their tokens without waits for the GPU: transformers would check that both are equally many, and
+    select the tokens to which Qwen3-VL's decoder adds features of the tower's middle layers.
 
     `latexocr.preprocess` writes the tokens from the same grid.
     """
     inner = inner_model(model).model
     videos = "video_features" in inspect.signature(inner.get_placeholder_mask).parameters  # PaddleOCR-VL reads none
     inner.get_placeholder_mask = functools.partial(_placeholder_masks if videos else _image_mask, inner.config)
+    if hasattr(inner.language_model, "_deepstack_process"):
+        inner.language_model._deepstack_process = _add_features
     try:
         yield
     finally:
         del inner.get_placeholder_mask
+        vars(inner.language_model).pop("_deepstack_process", None)
 
 
 def _placeholder_masks(
@@ -180,6 +184,11 @@ def _image_mask(config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tenso
 
 def _mask_of(token: int, input_ids: torch.Tensor) -> torch.Tensor:
     return (input_ids == token)[..., None].as_subclass(PlaceholderMask)
+
+
+def _add_features(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Hidden states (batch, length, width) plus features (tokens, width) at the places of the mask (batch, length)."""
+    return hidden + _Placed.apply(torch.zeros_like(hidden), mask[..., None], features.to(hidden.dtype))
 
 
 class PlaceholderMask(torch.Tensor):

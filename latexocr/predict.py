@@ -46,13 +46,15 @@ class LatexOCR:
 
     def __init__(self, model: Any, preprocessor: Preprocessor, contract: Contract | None = None) -> None:
         from latexocr.collate import FormulaCollator
+        from latexocr.modeling import inner_model
+        from latexocr.tower import Tower
 
         self.model, self.preprocessor, self.contract = model, preprocessor, contract
         self.collate = FormulaCollator(
             tokenizer=preprocessor.processor.tokenizer,
             family=preprocessor.family,
             blank=preprocessor.blank,
-            merge_size=preprocessor.processor.image_processor.merge_size,
+            tower=Tower.of(preprocessor.family, inner_model(model).config),
         )
 
     @classmethod

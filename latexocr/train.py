@@ -64,6 +64,7 @@ from latexocr.run_folder import (
 from latexocr.sampling import BudgetSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal
 from latexocr.streaming import Stream, first_records
+from latexocr.tower import Tower
 from latexocr.tracking import Sample, Tracker, dashboard_command, resolve_mode, saved_run_id, track
 from latexocr.train_config import TrainConfig
 from latexocr.trainer import FINAL, FormulaTrainer, validation_file
@@ -372,7 +373,7 @@ def build_trainer(
         tokenizer=processor.tokenizer,
         family=family,
         blank=data.preprocessor.blank,
-        merge_size=processor.image_processor.merge_size,
+        tower=Tower.of(family, inner_model(model).config),
     )
     collate = _training_collator(config, padded)
     return FormulaTrainer(
@@ -419,7 +420,7 @@ def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
     """
     if family.routed:
         return f"the experts of {family.name} get tokens by content"
-    if not (family.grid_free or (cached and not family.deepstack)):
+    if family.tower == "grids" and not cached:
         return f"the vision tower of {family.name} asks the host for sizes"
     return None
 

@@ -35,7 +35,8 @@ class Family:
         video: what tells the frames of a video apart: "grid" (positions count on by one), "seconds" (positions by
             time) or "timestamps" (text between pictures); None: no videos.
         vision_marks: what stands around each picture of a video with time stamps.
-        grid_free: the vision tower knows pictures by boundaries and positions alone, not by their grids.
+        tower: what the vision tower wants to know of a picture beside the places of its patches: nothing but its
+            "bounds", the "windows" of its attention, its places in a "table" of learned positions, or the "grids".
         framing_tokens: those around an image that count as its own in `moe_mm_token_type_ids`.
         raster: the image processor gives patches row by row, and they are merged behind the vision tower; elsewhere
             the patches of a visual token stand together.
@@ -57,7 +58,7 @@ class Family:
     deepstack: bool = False
     video: Literal["grid", "seconds", "timestamps"] | None = None
     vision_marks: tuple[str, str] = ("<|vision_start|>", "<|vision_end|>")
-    grid_free: bool = False
+    tower: Literal["bounds", "windows", "table", "grids"] = "grids"
     framing_tokens: tuple[str, ...] = ()
     raster: bool = False
     routed: bool = False

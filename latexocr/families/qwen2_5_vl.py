@@ -6,6 +6,7 @@ FAMILY = Family(
     name="Qwen2.5-VL",
     model_types=("qwen2_5_vl",),
     video="seconds",
+    tower="windows",
     lora_targets={
         **LANGUAGE,
         "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",

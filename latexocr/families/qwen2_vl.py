@@ -6,7 +6,7 @@ FAMILY = Family(
     name="Qwen2-VL",
     model_types=("qwen2_vl",),
     video="grid",
-    grid_free=True,
+    tower="bounds",
     lora_targets={
         **LANGUAGE,
         "vision.attention": r".*\.visual\.blocks\.\d+\.attn\.(?:qkv|proj)",

@@ -6,6 +6,7 @@ FAMILY = Family(
     name="Qwen3-VL",
     model_types=("qwen3_vl",),
     video="timestamps",
+    tower="table",
     deepstack=True,
     lora_targets={
         **LANGUAGE,
