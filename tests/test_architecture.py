@@ -16,7 +16,7 @@ LAYERS = (
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar", "video"},
     {"render", "contract", "attention", "lora", "dialects", "optimizers", "new_tokens"},
-    {"layers", "page", "rasterize"},
+    {"layers", "page", "rasterize", "tower"},
     {"modeling", "preprocess", "findings", "synthesize", "info"},
     {"card", "upload"},
     {"collate", "streaming", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
