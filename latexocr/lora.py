@@ -220,11 +220,20 @@ class QuantizedLoraGroup(LoraGroup):
 
     def blocks(self) -> Iterator[torch.Tensor]:
         for place, (base, b) in enumerate(zip(self.bases, self.up.split(self.outs), strict=True)):
-            others = (place * self.rank, (len(self.bases) - 1 - place) * self.rank)
-            yield torch.cat([quantization.weights(base, b.dtype), pad(b, others)], dim=1)
+            yield _whole_beside(base, b, place * self.rank, (len(self.bases) - 1 - place) * self.rank)
 
     def places(self) -> list[torch.Tensor]:
         return [*self.down.split(self.rank), *self.up.split(self.outs)]
+
+
+def _whole_beside(base: Any, b: torch.Tensor, before: int, behind: int) -> torch.Tensor:
+    """W|0|B|0 of a layer in 4 bits, with so many columns of zeros."""
+    if takes(b):
+        from latexocr import nf4
+
+        if nf4.takes(base.weight.quant_state):
+            return nf4.whole_beside(base.weight.data, base.weight.quant_state, b, before, behind)
+    return torch.cat([quantization.weights(base, b.dtype), pad(b, (before, behind))], dim=1)
 
 
 class FusedLora:

@@ -13,7 +13,7 @@ from conftest import MODEL_TYPES, ROOT
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 CODE = """
-import json, sys
+import importlib.util, json, sys
 import torch
 from torch.nn.functional import cross_entropy, silu
 from latexocr import kernels, lora, loss
@@ -79,6 +79,17 @@ wanted = cross_entropy(logits, targets, reduction="none")
 rows = logits.detach().clone()
 losses = kernels.cross_entropy_in_place(rows, targets, torch.tensor(0.5), -100)
 check("cross_entropy", (losses, wanted), (rows, logits.grad))
+
+if importlib.util.find_spec("bitsandbytes"):
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from latexocr import nf4
+
+    for rows, columns, rank in ((40, 128, 16), (33, 300, 8), (20, 684, 32)):  # 300, 684: blocks go on in the next row
+        packed, state = quantize_4bit(torch.randn(rows, columns), quant_type="nf4", compress_statistics=True)
+        b, zeros = torch.randn(rows, rank), torch.zeros(rows, rank)
+        wanted = torch.cat([dequantize_4bit(packed, state), zeros, b, zeros, zeros], 1)
+        check(f"4 bits {columns}", (nf4.whole_beside(packed, state, b, rank, 2 * rank), wanted))
+        assert nf4.takes(state)
 print(json.dumps(found))
 """
 
@@ -208,5 +219,5 @@ def test_fused_layers_under_autocast(model_type, tiny_models, records):
 
 def test_kernels_equal_plain_pytorch():
     errors = run(CODE)
-    assert len(errors) == 15
+    assert len(errors) == 15 + 3 * (importlib.util.find_spec("bitsandbytes") is not None)
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}
