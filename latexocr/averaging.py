@@ -29,10 +29,14 @@ class WeightAverage:
     """
 
     def __init__(self, model: torch.nn.Module, decay: float) -> None:
-        named = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-        self.decay, self._names, self._weights = decay, list(named), list(named.values())
+        named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.decay, self._names, self._parameters = decay, list(named), list(named.values())
         self._averages = [weight.clone() for weight in self._weights]
         self._held: list[torch.Tensor] | None = None  # the weights, while the average is in their place
+
+    @property
+    def _weights(self) -> list[torch.Tensor]:
+        return [parameter.data for parameter in self._parameters]
 
     def update(self, step: int) -> None:
         """Take in the weights after step `step`, from 1."""

@@ -7,7 +7,7 @@ a graph is launched at once. The collator rounds batch shapes up (`latexocr.coll
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,20 +24,25 @@ class GradientBuffer:
 
     Args:
         parameters: the trained ones, all of one type.
+        wholes: what the optimiser steps in their place, with the same elements in the same order.
     """
 
-    def __init__(self, parameters: list[torch.nn.Parameter]) -> None:
+    def __init__(self, parameters: list[torch.nn.Parameter], wholes: Sequence[torch.nn.Parameter] = ()) -> None:
         self.parameters = parameters
-        sizes = [parameter.numel() for parameter in parameters]
-        self.flat = torch.zeros(sum(sizes), dtype=parameters[0].dtype, device=parameters[0].device)
-        parts = self.flat.split(sizes)
-        self._views = [part.view_as(p) for part, p in zip(parts, parameters, strict=True)]
+        self.flat = torch.zeros(
+            sum(map(torch.numel, parameters)), dtype=parameters[0].dtype, device=parameters[0].device
+        )
+        self._owned = [*self._views(parameters), *(self._views(wholes) if wholes else ())]
+
+    def _views(self, parameters: Sequence[torch.nn.Parameter]) -> list[tuple[torch.nn.Parameter, torch.Tensor]]:
+        parts = self.flat.split([parameter.numel() for parameter in parameters])
+        return [(parameter, part.view_as(parameter)) for parameter, part in zip(parameters, parts, strict=True)]
 
     def attach(self) -> None:
         """Gradients point into the buffer again, zeroed, if the optimiser's `zero_grad` has let go of them."""
         if self.parameters[0].grad is None:
             self.flat.zero_()
-            for parameter, view in zip(self.parameters, self._views, strict=True):
+            for parameter, view in self._owned:
                 parameter.grad = view
 
     def clip(self, max_norm: float) -> torch.Tensor:

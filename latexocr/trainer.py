@@ -45,8 +45,9 @@ from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, router_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
 from latexocr.modeling import inner_model, save_for_training, save_for_use, save_processor, trusted_placeholders
-from latexocr.optimizers import parameter_groups
+from latexocr.optimizers import Flat, flatten, parameter_groups
 from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
+from latexocr.quantization import PACKAGE
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
 from latexocr.streaming import Stream
@@ -99,6 +100,7 @@ class FormulaTrainer(Trainer):
             # Not wrapped in DDP, whose hooks hold on to the graph's nodes: one all-reduce follows the replay.
             self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
         self._gradients: GradientBuffer | None = None
+        self._flats: list[Flat] = []
         self._loader: DataLoader | None = None
         self._average = WeightAverage(self.model, self.args.average_weights) if self.args.average_weights else None
         self._micro_batch = 0
@@ -138,7 +140,17 @@ class FormulaTrainer(Trainer):
             )  # fmt: skip
             # groups under this name take the place of stock Trainer's two
             self.optimizer_cls_and_kwargs = (optimizer, {**options, "params": groups})
-        return super().create_optimizer(*(() if model is None else (model,)))
+        super().create_optimizer(*(() if model is None else (model,)))
+        if self._steps_one_by_one and not self._flats:
+            self._flats = flatten(self.optimizer)
+        return self.optimizer
+
+    @property
+    def _steps_one_by_one(self) -> bool:
+        """Whether hundreds of small parameters would be stepped one by one, and the gradients' places are ours."""
+        alone = self._graphs is not None or self.args.world_size == 1
+        ours = alone and self.args.finetuning == "lora" and not (self.is_fsdp_enabled or self.is_deepspeed_enabled)
+        return ours and type(self.optimizer).__module__.startswith(PACKAGE)
 
     def _get_train_sampler(self, train_dataset: FormulaDataset | None = None) -> EpochSampler:
         self._sampler = EpochSampler(
@@ -201,14 +213,17 @@ class FormulaTrainer(Trainer):
         if self._loras:
             self._loras.reseed(self._dropout_seed())
         self._micro_batch = 0 if self.accelerator.sync_gradients else self._micro_batch + 1
+        if self._gradients is None and (self._graphs or self._flats):
+            self.model.train()  # once: it goes through thousands of modules
+            parts = [part for flat in self._flats for part in flat.parts]
+            parameters = parts or [p for p in self.model.parameters() if p.requires_grad]
+            self._gradients = GradientBuffer(parameters, [flat.whole for flat in self._flats])
+        if self._gradients:
+            self._gradients.attach()
         if self._graphs is None:
             return super().training_step(model, inputs, num_items_in_batch)
-        if self._gradients is None:
-            self.model.train()  # once: it goes through thousands of modules
-            self._gradients = GradientBuffer([p for p in self.model.parameters() if p.requires_grad])
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()  # schedule-free optimisers
-        self._gradients.attach()
         inputs = self._counted(self._prepare_inputs(inputs))
         loss = self._graphs(inputs, num_items_in_batch)
         if self.args.world_size > 1 and self.accelerator.sync_gradients:

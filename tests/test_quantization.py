@@ -71,6 +71,8 @@ def test_qlora_end_to_end(config, records, tmp_path):
     assert len(found) == 3 and len(logged(run, "eval_loss")) == 3
     train(config(**options, resume_from_checkpoint=str(run / "checkpoint-2")))
     assert logged(run) == found
+    state = torch.load(run / "checkpoint-2/optimizer.pt", weights_only=True)["state"]
+    assert len(state) == 1  # all adapters are stepped together
     assert Contract.load(result.adapter_dir).quantization == Quantization(4, ("language",))
 
     ocr = LatexOCR.from_pretrained(result.adapter_dir)

@@ -13,12 +13,13 @@ from safetensors.torch import load_file
 
 from latexocr.config import OUR_NAMES, TrainOptions, parse_train_arguments, typed_values
 from latexocr.errors import InputError
+from latexocr.graphs import GradientBuffer
 from latexocr.initialisation import pissa, write_difference
 from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
 from latexocr.modeling import add_lora, family_in, load_adapter, load_base, load_processor, trainable_parameters
 from latexocr.new_tokens import make_room, read_words, token_indices, train_rows
-from latexocr.optimizers import learning_rates, parameter_groups
+from latexocr.optimizers import flatten, learning_rates, parameter_groups
 from latexocr.predict import LatexOCR
 from latexocr.train import load_data, load_model, train
 from latexocr.trainer import FormulaTrainer
@@ -329,3 +330,24 @@ def test_fused_adapters_compute_what_pissa_and_rslora_are(config, tmp_path):
     train(config(output_dir=str(tmp_path / "stock"), **options))
     train(config(output_dir=str(tmp_path / "fused"), fused_lora=True, **options))
     assert losses(tmp_path / "fused") == pytest.approx(losses(tmp_path / "stock"), rel=1e-4)
+
+
+def test_flattened_groups_step_alike():
+    """Three steps of AdamW, two groups with rates of their own: the numbers of stepping each parameter by itself."""
+    found = []
+    for together in (False, True):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape)) for shape in ((2, 3), (4,), (3, 2))]
+        groups = [{"params": parameters[:2], "lr": 0.1}, {"params": parameters[2:], "lr": 0.5}, {"params": []}]
+        optimizer = torch.optim.AdamW(groups)
+        flats = flatten(optimizer) if together else []
+        buffer = GradientBuffer(parameters, [flat.whole for flat in flats])
+        for step in range(3):
+            buffer.attach()
+            sum(((parameter - step) ** 2).sum() for parameter in parameters).backward()
+            optimizer.step()
+            for parameter in parameters:
+                parameter.grad = None  # as model.zero_grad() does
+        found.append([parameter.detach().clone() for parameter in parameters])
+        assert [len(group["params"]) for group in optimizer.param_groups] == ([1, 1, 0] if together else [2, 1, 0])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
