@@ -74,7 +74,7 @@ def evaluate(
         pictures: render predictions and references and compare the pictures too.
         answer_format: what answers are: LaTeX, or JSON objects that are compared field by field (default: as the model
             was trained, else LaTeX).
-        allow_urls: open URLs that records name.
+        allow_urls: open URLs that records name, once: ~/.cache/latexocr/urls keeps what they hold.
         allow_outside_paths: open files that records name outside of the data file's folder.
 
     Raises:
@@ -97,7 +97,7 @@ def evaluate(
     for record in records:  # a broken image is found before an hour of generation, not after
         for media in record.media:
             if media.kind == "image":
-                load_image(media.load(), record.place_of(media))
+                load_image(media.load(record.where), record.place_of(media))
             else:
                 video_header(media, record.where)
     _make_folder(output_dir)

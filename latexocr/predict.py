@@ -224,7 +224,7 @@ class LatexOCR:
         if isinstance(image, Record):
             if not self.preprocessor.is_plain(image):
                 return self.preprocessor.prompt_of(image, as_bytes=True)
-            image = image.media[0].load()
+            image = image.media[0].load(image.where)
         picture = load_image(image)
         return self.preprocessor.prompt_features(picture, as_bytes=True) if has_ink(picture) else None
 
