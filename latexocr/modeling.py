@@ -30,7 +30,15 @@ from latexocr.errors import InputError, nearest
 from latexocr.families import Family, families, family_of
 from latexocr.images import ImagePolicy
 from latexocr.new_tokens import add_rows, train_rows
-from latexocr.quantization import PACKAGE, Quantization, check_installed, loading_options, settle
+from latexocr.quantization import (
+    PACKAGE,
+    SMALL_SHARE,
+    Quantization,
+    check_installed,
+    loading_options,
+    rounded_share,
+    settle,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -273,8 +281,21 @@ def load_base(
     model = _with_fast_patches(model)
     if "device_map" in options:  # the weights are where they belong
         settle(model, dtype)
+        if quantization and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            _say_what_is_rounded(model, quantization)
         return _dequantized(model, dtype) if whole and stored else model
     return model if device is None else model.to(device)
+
+
+def _say_what_is_rounded(model: PreTrainedModel, quantization: Quantization) -> None:
+    """bitsandbytes rounds linear layers only, and says nothing of all else: of ERNIE's stacked experts, say."""
+    share = rounded_share(model)
+    logger.info(f"{quantization.bits} bits: {share:.0%} of the weights")
+    if share < SMALL_SHARE:
+        logger.warning(
+            f"only {share:.0%} of the weights are in {quantization.bits} bits, so that little memory is saved: the "
+            f"others are no linear layers of {' or '.join(quantization.parts)} (embeddings, stacked experts)"
+        )
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:

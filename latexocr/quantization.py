@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     import torch
 
 PARTS = ("language", "vision", "merger")
+SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little to be had in exchange for accuracy
 PACKAGE = "bitsandbytes"
 INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
 
@@ -114,6 +115,14 @@ def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+
+def rounded_share(model: torch.nn.Module) -> float:
+    """The share of a model's weights that are in 4 or 8 bits."""
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[not parameter.is_floating_point()] += num_weights(parameter)
+    return counts[True] / sum(counts.values())
 
 
 def num_weights(parameter: torch.nn.Parameter) -> int:

@@ -60,6 +60,19 @@ def test_only_the_decoder_is_rounded(model_type, tiny_models):
 
 
 @requires_bitsandbytes
+def test_what_is_rounded_is_said(tiny_models, caplog):
+    """21 layers of 8,192 to 32,768 weights are 59% of the tiny Qwen2-VL; ERNIE's experts stay as they are."""
+    caplog.set_level("INFO", logger="latexocr")
+    for model_type, share, warned in (("qwen2_vl", "59%", 0), ("ernie4_5_vl_moe", "26%", 1)):
+        caplog.clear()
+        load_base(tiny_models[model_type], dtype=torch.float32, device="cpu", quantization=Quantization())
+        assert caplog.messages[0] == f"4 bits: {share} of the weights"
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == warned
+        assert all(f"only {share} of the weights are in 4 bits" in text for text in warnings)
+
+
+@requires_bitsandbytes
 def test_qlora_end_to_end(config, records, tmp_path):
     """Trained, evaluated, resumed bit for bit, loaded as it was trained, merged into whole weights."""
     options = dict(load_in_4bit=True, optim="adamw_8bit", val_json=str(records["val"]), eval_strategy="steps",
