@@ -258,10 +258,8 @@ def load_base(
     stored = stored_quantization(folder)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization:
-        if stored:
-            option = f"load_in_{quantization.bits}bit"
-            raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave {option} out")
-        check_installed(f"{folder} in {quantization.bits} bits", "--base-bits 16")
+        check_whole(folder, "quantization")
+        check_installed(f"{folder} in {quantization.bits} bits")
         targets = family_in(folder).target_regex(list(quantization.parts))
         options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
     elif stored == PACKAGE:
@@ -312,6 +310,19 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def stored_quantization(folder: Path) -> str | None:
     """The method by which the weights in `folder` are stored rounded, such as bitsandbytes; None for whole ones."""
     return (read_config(folder).get("quantization_config") or {}).get("quant_method")
+
+
+def check_whole(folder: Path, option: str) -> None:
+    """
+    Args:
+        folder: of a checkpoint that is to be rounded.
+        option: by which the caller was asked for it.
+
+    Raises:
+        InputError: its weights are rounded already.
+    """
+    if stored := stored_quantization(folder):
+        raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave {option} out")
 
 
 def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:

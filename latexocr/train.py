@@ -39,6 +39,7 @@ from latexocr.metrics.fields import check_fields
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
+    check_whole,
     family_in,
     freeze,
     fresh_base,
@@ -513,6 +514,8 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
     """
     base_folder = resolve_checkpoint(config.model_name_or_path, config.hub)
     family = family_in(base_folder)
+    if config.quantization:
+        check_whole(base_folder, f"load_in_{config.quantization.bits}bit")
     processor = load_processor(base_folder, trust_remote_code=config.trust_remote_code)
     known = Contract.load(base_folder)
     cell = processor.image_processor.patch_size * processor.image_processor.merge_size

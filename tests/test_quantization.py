@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -141,11 +142,17 @@ def test_a_base_that_is_stored_in_4_bits(config, tiny, tmp_path):
     assert logged(tmp_path / "one") == pytest.approx(logged(tmp_path / "two"), rel=1e-6)
     merge(result.adapter_dir, tmp_path / "merged", images=[PICTURE])
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
-    with pytest.raises(InputError, match="leave load_in_4bit out"):
-        train(config(model_name_or_path=str(stored), load_in_4bit=True, output_dir=str(tmp_path / "three")))
+    for bits in (4, 8):
+        with pytest.raises(InputError, match=f"leave load_in_{bits}bit out"):
+            train(config(**{"model_name_or_path": str(stored), f"load_in_{bits}bit": True}))
+    with pytest.raises(InputError, match=r"stored rounded \(bitsandbytes\) already; leave --base-bits out"):
+        LatexOCR.from_pretrained(stored, base_bits=4)
+    trained = replace(Contract.load(result.adapter_dir), quantization=Quantization())  # says no option that was given
+    trained.save(result.adapter_dir)
+    assert len(rounded_layers(LatexOCR.from_pretrained(stored, adapter=result.adapter_dir).model)) == 21
 
 
-def test_what_cannot_be_had_is_refused(config, monkeypatch):
+def test_what_cannot_be_had_is_refused(config, tiny, monkeypatch):
     with pytest.raises(InputError, match="exclude each other"):
         config(load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(InputError, match="load_in_4bit rounds weights that --finetuning full trains"):
@@ -157,6 +164,10 @@ def test_what_cannot_be_had_is_refused(config, monkeypatch):
     for options in ({"load_in_4bit": True}, {"optim": "adamw_8bit"}, {"optim": "paged_adamw_8bit"}):
         with pytest.raises(InputError, match="needs bitsandbytes, which is not installed: pip install"):
             config(**options)
+    with pytest.raises(InputError, match=r"in 8 bits needs bitsandbytes, .*; or --base-bits 16"):
+        LatexOCR.from_pretrained(tiny, base_bits=8)
+    with pytest.raises(InputError, match=r"in 4 bits needs bitsandbytes, .*; or leave it out"):
+        load_base(tiny, dtype=torch.float32, quantization=Quantization())
 
 
 @requires_bitsandbytes
