@@ -8,6 +8,7 @@ print(result.adapter_dir, result.metrics)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -267,12 +268,16 @@ def load_model(
 def _training_facts(config: TrainConfig, data: Data) -> dict[str, Any]:
     """What people will want to know of the run; files by their last two names, because checkpoints are given away."""
     known = {"train_records": len(data.training.records), "dropped": len(data.training.dropped)}
+    words = [_short(word) if Path(word).is_file() else word for word in config.new_tokens]
     facts = {
         "train_json": _short(config.train_json),
         **({} if config.streaming else known),
-        "recipe": config.recipe,
+        "recipe": {**config.recipe, "new_tokens": words},
         "options": config.notable,
     }
+    if data.preprocessor.new_tokens:
+        added = data.preprocessor.processor.tokenizer.convert_ids_to_tokens(list(data.preprocessor.new_tokens))
+        facts["new_tokens_hash"] = hashlib.sha256("\n".join(added).encode()).hexdigest()[:16]
     if data.validation:
         num_records = len(data.validation.records)
         facts |= {
