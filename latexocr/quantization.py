@@ -20,7 +20,7 @@ from latexocr.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-PARTS = ("language", "vision", "merger")
+ROUNDABLE = ("language", "vision", "merger")
 SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little to be had in exchange for accuracy
 PACKAGE = "bitsandbytes"
 INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
@@ -39,10 +39,10 @@ class Quantization:
     parts: tuple[str, ...] = ("language",)
 
     def __post_init__(self) -> None:
-        unknown = [part for part in self.parts if part not in PARTS]
+        unknown = [part for part in self.parts if part not in ROUNDABLE]
         if unknown or not self.parts:
             given = f"{unknown[0]!r} is none of" if unknown else "is empty: name at least one of"
-            raise InputError(f"quantized_parts: {given} {list(PARTS)}")
+            raise InputError(f"quantized_parts: {given} {list(ROUNDABLE)}")
 
     def __str__(self) -> str:
         return f"{self.bits}-bit {', '.join(self.parts)}"

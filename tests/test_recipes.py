@@ -163,6 +163,7 @@ def test_layers_by_an_expression(tiny):
         ({"finetuning": "full", "freeze": ["."]}, r"freeze: \. leave nothing to train"),
         ({"freeze": ["vision"]}, "freeze is for --finetuning full"),
         ({"finetuning": "full", "use_dora": True}, "use_dora is for --finetuning lora"),
+        ({"finetuning": "full", "lora_components": ["vision"]}, "lora_components is for --finetuning lora"),
         ({"learning_rates": {"visoin": 1e-5}}, "learning_rates: 'visoin' is none of .*did you mean 'vision'"),
         ({"learning_rates": {"vision": 1e-5}}, r"learning_rates: vision is not trained here \(language\)"),
         ({"learning_rates": {"language": -1.0}}, "learning_rates: language is -1.0, needs a number from 0"),
