@@ -39,7 +39,7 @@ class TrainOptions:
         None, "training records: .json or .jsonl, .parquet, a folder that datasets saved, or a hub id[:subset[:split]]"
     )
     val_json: str | None = option(None, "validation records, likewise; without them nothing is evaluated")
-    allow_urls: bool = option(False, "open URLs that records name, anew at every use")
+    allow_urls: bool = option(False, "open URLs that records name, once: ~/.cache/latexocr/urls keeps what they hold")
     allow_outside_paths: bool = option(False, "open files that records name outside of their data file's folder")
     streaming: bool = option(False, "read training records as they come, never all of them (needs max_steps)")
     output_dir: str | None = option("outputs/latexocr", "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/")

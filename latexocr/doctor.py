@@ -248,7 +248,7 @@ def _entries(path: Path) -> Iterator[tuple[str, Encoded, str]]:
                     f"{record.where}: doctor looks at pictures of formulas with their LaTeX, this is a conversation; "
                     "see `latexocr preview` for it"
                 )
-            content = record.media[0].load()
+            content = record.media[0].load(record.where)
             yield record.where, content if isinstance(content, bytes) else str(content), record.text
         return
     for number, row in enumerate(open_source(str(path)).rows()):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 import sys
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -22,7 +23,11 @@ from latexocr.evaluation import Evaluation, tidy
 
 if TYPE_CHECKING:
     from latexocr.metrics.bootstrap import Table
+    from latexocr.metrics.fields import Judged
     from latexocr.metrics.scores import Pairs
+
+REPORT = "report.html"
+logger = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -52,7 +57,7 @@ def evaluate(
     Args:
         model: base or merged model, or an adapter folder: a path or a hub id.
         data: val.json, as csv2json writes it, or any other file that training reads.
-        output_dir: folder for predictions.jsonl, metrics.json, slices.csv, rows.csv and report.html.
+        output_dir: folder for predictions.jsonl, metrics.json, slices.csv, rows.csv and, of LaTeX, report.html.
         adapter: adapter folder to put on the model.
         batch_size: images at once; fewer where memory is short, and 16 at most when sampling.
         max_new_tokens: longest answer in tokens.
@@ -69,7 +74,7 @@ def evaluate(
         pictures: render predictions and references and compare the pictures too.
         answer_format: what answers are: LaTeX, or JSON objects that are compared field by field (default: as the model
             was trained, else LaTeX).
-        allow_urls: open URLs that records name.
+        allow_urls: open URLs that records name, once: ~/.cache/latexocr/urls keeps what they hold.
         allow_outside_paths: open files that records name outside of the data file's folder.
 
     Raises:
@@ -92,7 +97,7 @@ def evaluate(
     for record in records:  # a broken image is found before an hour of generation, not after
         for media in record.media:
             if media.kind == "image":
-                load_image(media.load(), record.place_of(media))
+                load_image(media.load(record.where), record.place_of(media))
             else:
                 video_header(media, record.where)
     _make_folder(output_dir)
@@ -125,7 +130,8 @@ def score_file(
         predictions: predictions.jsonl with `id`, `reference` and `prediction` on every line; a prediction that is
             null counts as an empty answer. `image_path`, `source`, `num_tokens`, `finished` and `confidence` are used
             where given.
-        output_dir: folder for metrics.json, slices.csv, rows.csv and report.html; nothing is written when left out.
+        output_dir: folder for metrics.json, slices.csv, rows.csv and, of LaTeX, report.html; nothing is written when
+            left out.
         baseline: another predictions file of the same ids and references to compare with.
         pictures: render predictions and references and compare the pictures too.
         answer_format: what answers are: LaTeX, or JSON objects that are compared field by field.
@@ -239,7 +245,12 @@ def score_rows(
     if output_dir is not None:
         _make_folder(output_dir)
     if answer_format == "json":
-        return _score_objects(rows, output_dir, baseline)
+        evaluation = replace(assess_fields(rows, baseline=baseline), output_dir=output_dir)
+        if output_dir is not None:
+            _write_tables(evaluation, output_dir)
+            (output_dir / REPORT).unlink(missing_ok=True)  # of an earlier score as LaTeX
+            logger.info(f"no {REPORT}: it shows LaTeX; fields are in slices.csv, rows in rows.csv")
+        return evaluation
     evaluation = replace(assess(rows, baseline=baseline, pictures=pictures), output_dir=output_dir)
     if output_dir is not None:
         _write(evaluation, output_dir)
@@ -288,31 +299,45 @@ def assess(
     )
 
 
-def _score_objects(rows: Sequence[dict[str, Any]], output_dir: Path | None, baseline: object) -> Evaluation:
-    """JSON answers: metrics.json, slices.csv (a line a field) and rows.csv; there are no pictures to compare."""
-    if baseline is not None:
-        raise InputError("a baseline is compared as LaTeX only; score both files and put metrics.json side by side")
-    metrics, values = _field_scores(rows)
-    slices = [
-        {"by": "field", "slice": name.partition(".")[2], "metric": "field_match", "value": value}
-        for name, value in metrics.items()
-        if name.startswith("field_match.")
-    ]
-    described = [{**row, **found} for row, found in zip(rows, values, strict=True)]
-    evaluation = Evaluation(metrics=metrics, rows=described, slices=slices, output_dir=output_dir)
-    if output_dir is not None:
-        _write_tables(evaluation, output_dir)
-    return evaluation
+def assess_fields(rows: Sequence[dict[str, Any]], *, baseline: Sequence[dict[str, Any]] | None = None) -> Evaluation:
+    """`assess` of JSON answers: no pictures, and fields in place of structures."""
+    from latexocr.metrics.bootstrap import Table
+    from latexocr.metrics.calibration import calibration, reliability
+    from latexocr.metrics.fields import counts, field_metrics
+
+    judged = [_judged(some) for some in ([rows] if baseline is None else [rows, baseline])]
+    tables = [Table(some, field_metrics(judged[0])) for some in judged]
+    estimates = tables[0].estimates()
+    fields = {name.partition(".")[2]: found for name, found in estimates.items() if "." in name}
+    confidences, right = _confident_fields(rows, judged[0])
+    return Evaluation(
+        metrics=_flat({name: found for name, found in estimates.items() if "." not in name})
+        | {f"field_match.{name}": found.value for name, found in fields.items()}
+        | calibration(confidences, right)
+        | counts(judged[0]),
+        rows=[{**row, **one.as_row()} for row, one in zip(rows, judged[0], strict=True)],
+        slices=[
+            row
+            for name, found in fields.items()
+            for row in tidy(
+                {"field_match": found}, by="field", slice=name, num_rows=sum(name in one.hits for one in judged[0])
+            )
+        ],
+        comparison=None if baseline is None else tables[0].compare(tables[1]),
+        reliability=[bin._asdict() for bin in reliability(confidences, right)],
+    )
 
 
-def _field_scores(rows: Sequence[dict[str, Any]]) -> tuple[dict[str, float], list[dict[str, Any]]]:
-    from latexocr.metrics.calibration import calibration
-    from latexocr.metrics.fields import score_fields
+def _judged(rows: Sequence[dict[str, Any]]) -> list[Judged]:
+    from latexocr.metrics.fields import judge
 
-    metrics, values = score_fields([row["prediction"] for row in rows], [row["reference"] for row in rows])
-    known = [(row["confidence"], value["exact_match"] == 1) for row, value in zip(rows, values, strict=True)
-             if row.get("confidence") is not None]  # fmt: skip
-    return metrics | calibration([confidence for confidence, _ in known], [right for _, right in known]), values
+    return judge([row["prediction"] for row in rows], [row["reference"] for row in rows])
+
+
+def _confident_fields(rows: Sequence[dict[str, Any]], judged: Sequence[Judged]) -> tuple[list[float], list[bool]]:
+    """Confidences of the rows that have one, and whether those answers are right."""
+    known = [number for number, row in enumerate(rows) if row.get("confidence") is not None]
+    return [rows[number]["confidence"] for number in known], [judged[number].exact for number in known]
 
 
 def quick_scores(
@@ -320,10 +345,12 @@ def quick_scores(
 ) -> dict[str, float]:
     """The figures alone, for the validations of a training; see `assess`."""
     from latexocr.metrics.calibration import calibration
+    from latexocr.metrics.fields import figures as field_figures
     from latexocr.metrics.scores import figures
 
     if answer_format == "json":
-        return _field_scores(rows)[0]
+        judged = _judged(rows)
+        return field_figures(judged) | calibration(*_confident_fields(rows, judged))
     pairs = _pairs(rows, _rendered([rows])[0] if pictures else None)
     return figures(pairs) | calibration(*_confident(rows, pairs))
 
@@ -421,15 +448,10 @@ def _counts(rows: Sequence[dict[str, Any]], pairs: Pairs) -> dict[str, float]:
 
 
 def _write(evaluation: Evaluation, folder: Path) -> None:
-    from latexocr.contract import write_text
     from latexocr.report import write_report
 
     _write_tables(evaluation, folder)
-    if evaluation.comparison is None:
-        (folder / "comparison.json").unlink(missing_ok=True)  # of an earlier score with a baseline
-    else:
-        write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
-    write_report(evaluation, folder / "report.html")
+    write_report(evaluation, folder / REPORT)
 
 
 def _write_tables(evaluation: Evaluation, folder: Path) -> None:
@@ -439,6 +461,10 @@ def _write_tables(evaluation: Evaluation, folder: Path) -> None:
     write_text(folder / "slices.csv", _csv(evaluation.slices))
     rows = [{key: _cell(value) for key, value in row.items()} for row in evaluation.rows]
     write_text(folder / "rows.csv", _csv(rows))
+    if evaluation.comparison is None:
+        (folder / "comparison.json").unlink(missing_ok=True)  # of an earlier score with a baseline
+    else:
+        write_text(folder / "comparison.json", json.dumps(evaluation.comparison, indent=2) + "\n")
 
 
 def _cell(value: Any) -> Any:

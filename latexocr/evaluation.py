@@ -23,9 +23,10 @@ class Evaluation:
             `exact_match`, `runaway` (0 or 1), `edit_distance`, `token_errors`, `bleu_sentence`, `length` (canonical
             tokens of the reference), `script_depth`, `structure` (list of words), and with pictures `renders`,
             `picture_match` (0 or 1) and `glyph_f1`; the last two are None where the reference does not render. With a
-            baseline also `baseline_prediction` and `gain`, the baseline's edit distance less this one.
-        slices: one dictionary a slice and metric: `by` (length, structure, script_depth, source), `slice`, `metric`,
-            `value`, `low`, `high`, `num_rows`.
+            baseline also `baseline_prediction` and `gain`, the baseline's edit distance less this one. Of JSON answers
+            `exact_match`, `field_match`, `valid_json` and `wrong_fields`.
+        slices: one dictionary a slice and metric: `by` (length, structure, script_depth, source; of JSON answers
+            field), `slice`, `metric`, `value`, `low`, `high`, `num_rows`.
         engine: what drew the pictures, "latex" or "mathtext"; None when pictures were not compared.
         comparison: with a baseline, one dictionary a metric: `metric`, `a` (these predictions), `b` (the baseline),
             `difference` (a - b), `low`, `high`, and the numbers of rows that these predictions have `won` and `lost`.
@@ -44,15 +45,22 @@ class Evaluation:
     renderings: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
     def worst_first(self) -> list[int]:
-        """Numbers of the rows, the worst first: wrong before right, then by `glyph_f1`, then by `edit_distance`."""
+        """Numbers of the rows, the worst first: wrong before right, then by `glyph_f1`, then by `edit_distance`; of
+        JSON answers by `field_match`.
+        """
         return sorted(range(len(self.rows)), key=lambda number: _badness(self.rows[number]))
 
     def __str__(self) -> str:
         compared = {} if self.comparison is None else {row["metric"]: row for row in self.comparison}
+        fields = {f"field_match.{row['slice']}": row for row in self.slices if row["by"] == "field"}
+        ends = {name: (row["low"], row["high"]) for name, row in fields.items()}
+        for name in self.metrics.keys() - fields.keys():
+            if f"{name}_low" in self.metrics:
+                ends[name] = self.metrics[f"{name}_low"], self.metrics[f"{name}_high"]
         lines = [
-            _line(name, value, self.metrics, compared.get(name))
+            _line(name, value, ends.get(name), compared.get(name))
             for name, value in self.metrics.items()
-            if not name.endswith(("_low", "_high"))
+            if name in fields or not name.endswith(("_low", "_high"))
         ]
         if self.engine == "mathtext":  # other glyphs, fewer formulas: not to be put beside figures by LaTeX
             lines.append("pictures are matplotlib's mathtext: the programs latex and dvipng are not installed")
@@ -60,14 +68,16 @@ class Evaluation:
 
 
 def _badness(row: dict[str, Any]) -> tuple[float, float, float]:
+    if "field_match" in row:
+        return row["exact_match"], row["field_match"], 0.0
     glyph_f1 = row.get("glyph_f1")
     return row["exact_match"], 1.0 if glyph_f1 is None else glyph_f1, -row["edit_distance"]
 
 
-def _line(name: str, value: float, metrics: dict[str, float], compared: dict[str, Any] | None) -> str:
+def _line(name: str, value: float, ends: tuple[float, float] | None, compared: dict[str, Any] | None) -> str:
     text = f"{name:<26}{_short(value)}"
-    if f"{name}_low" in metrics:
-        text += f"  [{_short(metrics[f'{name}_low'])}, {_short(metrics[f'{name}_high'])}]"
+    if ends:
+        text += f"  [{_short(ends[0])}, {_short(ends[1])}]"
     if compared:
         low, high = _short(compared["low"]), _short(compared["high"])
         text += f"  baseline {_short(compared['b'])}  difference {compared['difference']:+.4f} [{low}, {high}]"

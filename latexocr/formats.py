@@ -43,8 +43,10 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -61,6 +63,7 @@ SHAPES = (
     "'image' and 'text', or 'text' with markers"
 )
 SECONDS = 30  # that a server may take to answer
+MAX_BYTES = 256 << 20  # that a URL may hold: what the largest picture (64 megapixels) would take unpacked, and a video
 # how the frames of a video are chosen: names and meaning as in qwen-vl-utils
 SAMPLING = ("fps", "nframes", "min_frames", "max_frames", "video_start", "video_end")
 
@@ -94,13 +97,16 @@ class Media(NamedTuple):
             return f"inline {self.kind}"
         return self.content.name if isinstance(self.content, Path) else self.content
 
-    def load(self) -> Path | bytes:
-        """The file's path, or the encoded bytes.
+    def load(self, where: str) -> Path | bytes:
+        """The file's path, or the encoded bytes; of a URL the file that keeps what it holds.
+
+        Args:
+            where: the row, for errors.
 
         Raises:
             InputError: a URL that cannot be read.
         """
-        return self.content if not isinstance(self.content, str) else _download(self.content)
+        return self.content if not isinstance(self.content, str) else _fetched(self.content, where)
 
 
 class Turn(NamedTuple):
@@ -431,11 +437,34 @@ def _check_order(turns: tuple[Turn, ...], where: str) -> None:
             raise InputError(f"{where}: reasoning_content is {turn.reasoning!r:.40}, needs text")
 
 
-def _download(url: str) -> bytes:
+def _fetched(url: str, where: str) -> Path:
+    """A file with what a URL holds, fetched once for all epochs, workers, ranks and runs of this user."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "latexocr" / "urls"
+    path = cache / hashlib.sha256(url.encode()).hexdigest()
+    if not path.exists():
+        content = _download(url, where)
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=cache, delete=False) as file:  # several processes may fetch it at once
+            file.write(content)
+        Path(file.name).replace(path)
+    return path
+
+
+def _download(url: str, where: str) -> bytes:
+    import http.client
     import urllib.request
 
+    place = where if url in where else f"{where}, {url}"
     try:
         with urllib.request.urlopen(url, timeout=SECONDS) as response:
-            return response.read()
-    except OSError as error:
-        raise InputError(f"{url}: cannot be read ({error}); download it, or remove the record") from error
+            content = response.read(MAX_BYTES + 1)
+            if response.length and len(content) <= MAX_BYTES:  # read with a limit does not tell by itself
+                raise http.client.IncompleteRead(content, response.length)
+    except (OSError, http.client.HTTPException, ValueError) as error:  # ValueError: an address that is none
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{place}: cannot be read ({type(error).__name__}: {reason}); download it, or remove the record"
+        ) from error
+    if len(content) > MAX_BYTES:
+        raise InputError(f"{place}: holds more than {MAX_BYTES >> 20} MB; download it, or remove the record")
+    return content

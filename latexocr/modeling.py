@@ -30,7 +30,15 @@ from latexocr.errors import InputError, nearest
 from latexocr.families import Family, families, family_of
 from latexocr.images import ImagePolicy
 from latexocr.new_tokens import add_rows, train_rows
-from latexocr.quantization import PACKAGE, Quantization, check_installed, loading_options, settle
+from latexocr.quantization import (
+    PACKAGE,
+    SMALL_SHARE,
+    Quantization,
+    check_installed,
+    loading_options,
+    rounded_share,
+    settle,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -259,10 +267,8 @@ def load_base(
     stored = stored_quantization(folder)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     if quantization:
-        if stored:
-            option = f"load_in_{quantization.bits}bit"
-            raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave {option} out")
-        check_installed(f"{folder} in {quantization.bits} bits", "--base-bits 16")
+        check_whole(folder, "quantization")
+        check_installed(f"{folder} in {quantization.bits} bits")
         targets = family_in(folder).target_regex(list(quantization.parts))
         options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
     elif stored == PACKAGE:
@@ -282,8 +288,21 @@ def load_base(
     model = _with_fast_patches(model)
     if "device_map" in options:  # the weights are where they belong
         settle(model, dtype)
+        if quantization and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+            _say_what_is_rounded(model, quantization)
         return _dequantized(model, dtype) if whole and stored else model
     return model if device is None else model.to(device)
+
+
+def _say_what_is_rounded(model: PreTrainedModel, quantization: Quantization) -> None:
+    """bitsandbytes rounds linear layers only, and says nothing of all else: of ERNIE's stacked experts, say."""
+    share = rounded_share(model)
+    logger.info(f"{quantization.bits} bits: {share:.0%} of the weights")
+    if share < SMALL_SHARE:
+        logger.warning(
+            f"only {share:.0%} of the weights are in {quantization.bits} bits, so that little memory is saved: the "
+            f"others are no linear layers of {' or '.join(quantization.parts)} (embeddings, stacked experts)"
+        )
 
 
 def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
@@ -300,6 +319,19 @@ def _dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
 def stored_quantization(folder: Path) -> str | None:
     """The method by which the weights in `folder` are stored rounded, such as bitsandbytes; None for whole ones."""
     return (read_config(folder).get("quantization_config") or {}).get("quant_method")
+
+
+def check_whole(folder: Path, option: str) -> None:
+    """
+    Args:
+        folder: of a checkpoint that is to be rounded.
+        option: by which the caller was asked for it.
+
+    Raises:
+        InputError: its weights are rounded already.
+    """
+    if stored := stored_quantization(folder):
+        raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave {option} out")
 
 
 def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:

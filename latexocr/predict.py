@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from latexocr.errors import InputError
-from latexocr.quantization import Quantization
+from latexocr.quantization import Quantization, check_installed
 
 if TYPE_CHECKING:
     import torch
@@ -121,7 +121,7 @@ class LatexOCR:
             base_folder,
             dtype=dtype or modeling.default_dtype(device),
             device=device,
-            quantization=_quantization(base_bits, contract),
+            quantization=_quantization(base_bits, contract, base_folder),
             whole=base_bits == 16,
             trust_remote_code=trust_remote_code,
         )
@@ -226,7 +226,7 @@ class LatexOCR:
         if isinstance(image, Record):
             if not self.preprocessor.is_plain(image):
                 return self.preprocessor.prompt_of(image, as_bytes=True)
-            image = image.media[0].load()
+            image = image.media[0].load(image.where)
         picture = load_image(image)
         return self.preprocessor.prompt_features(picture, as_bytes=True) if has_ink(picture) else None
 
@@ -310,12 +310,18 @@ class LatexOCR:
         return config
 
 
-def _quantization(bits: int | None, contract: Contract | None) -> Quantization | None:
-    """What `base_bits` means for a checkpoint."""
+def _quantization(bits: int | None, contract: Contract | None, folder: Path) -> Quantization | None:
+    """What `base_bits` means for a checkpoint; one that is stored rounded stays as it is."""
+    from latexocr.modeling import check_whole, stored_quantization
+
+    if bits in (4, 8):
+        check_whole(folder, "--base-bits")
     trained = contract.quantization if contract else None
-    if bits is None:
-        return trained
-    return None if bits == 16 else Quantization(bits, trained.parts if trained else ("language",))
+    if bits == 16 or (bits is None and (not trained or stored_quantization(folder))):
+        return None
+    found = trained if bits is None else Quantization(bits, trained.parts if trained else ("language",))
+    check_installed(f"{folder} in {found.bits} bits", "--base-bits 16")
+    return found
 
 
 def bundled_base() -> Path:

@@ -118,7 +118,7 @@ class Preprocessor:
                 prefix.
         """
         if self.is_plain(record):
-            return self.sample(record.media[0].load(), record.text, record.where, as_bytes=as_bytes)
+            return self.sample(record.media[0].load(record.where), record.text, record.where, as_bytes=as_bytes)
         encoded = self._encode(record)
         sample = self._inputs(encoded.input_ids)
         sample["labels"] = np.where(encoded.supervised, encoded.input_ids, IGNORED)
@@ -132,7 +132,7 @@ class Preprocessor:
             InputError: a document, which asks nothing; see `__call__` for others.
         """
         if self.is_plain(record):
-            return self.prompt_features(record.media[0].load(), record.where, as_bytes=as_bytes)
+            return self.prompt_features(record.media[0].load(record.where), record.where, as_bytes=as_bytes)
         if record.turns[0].role == "document":
             raise InputError(f"{record.where}: a text with markers asks nothing; give it an 'answer' to evaluate it")
         encoded = self._encode(replace(record, turns=record.turns[:-1]))  # a prompt: nothing in it is supervised
@@ -273,7 +273,7 @@ class Preprocessor:
             self.answers([record.text for record in chosen], [record.where for record in chosen]) if plain else []
         )
         for index, record, answer in zip(plain, chosen, answers, strict=True):
-            size = image_size(record.media[0].load(), record.where)
+            size = image_size(record.media[0].load(record.where), record.where)
             lengths[:, index] = self.prompt_length, self.policy.visual_tokens(*size), len(answer)
         for index in sorted(set(range(len(records))) - set(plain)):
             encoded = self._encode(records[index])
@@ -370,7 +370,7 @@ class Preprocessor:
         """The tokens of a picture or video, from its header."""
         if media.kind == "video":
             return self._video_layout(video_header(media, record.where), record.where)
-        tokens = self.policy.visual_tokens(*image_size(media.load(), record.place_of(media)))
+        tokens = self.policy.visual_tokens(*image_size(media.load(record.where), record.place_of(media)))
         return Layout((self.processor.image_token_id,) * tokens)
 
     def _video_layout(self, header: Header, where: str) -> Layout:
@@ -421,7 +421,7 @@ class Preprocessor:
         videos = any(one.kind == "video" for one in media)
         found = [
             self._frames(one, record.where) if one.kind == "video"
-            else self.patches(one.load(), record.place_of(one), as_bytes=as_bytes and not videos)
+            else self.patches(one.load(record.where), record.place_of(one), as_bytes=as_bytes and not videos)
             for one in media
         ]  # fmt: skip
         shown = {key: joined([one[key] for one in found]) for key in ("pixel_values", "image_grid_thw")}
@@ -718,7 +718,7 @@ class FormulaDataset(Dataset):
     def _vision(self, row: int, record: Record, rng: np.random.Generator | None) -> dict[str, torch.Tensor]:
         if self.vision is not None:
             return self.vision(row)
-        image: ImageInput = record.media[0].load()
+        image: ImageInput = record.media[0].load(record.where)
         if self.variation and self.variation.augment:
             image = self.variation.picture(load_image(image, record.where), rng)
         return self.preprocessor.patches(image, record.where, as_bytes=self.as_bytes)

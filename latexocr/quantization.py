@@ -20,7 +20,8 @@ from latexocr.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-PARTS = ("language", "vision", "merger")
+ROUNDABLE = ("language", "vision", "merger")
+SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little to be had in exchange for accuracy
 PACKAGE = "bitsandbytes"
 INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
 
@@ -38,10 +39,10 @@ class Quantization:
     parts: tuple[str, ...] = ("language",)
 
     def __post_init__(self) -> None:
-        unknown = [part for part in self.parts if part not in PARTS]
+        unknown = [part for part in self.parts if part not in ROUNDABLE]
         if unknown or not self.parts:
             given = f"{unknown[0]!r} is none of" if unknown else "is empty: name at least one of"
-            raise InputError(f"quantized_parts: {given} {list(PARTS)}")
+            raise InputError(f"quantized_parts: {given} {list(ROUNDABLE)}")
 
     def __str__(self) -> str:
         return f"{self.bits}-bit {', '.join(self.parts)}"
@@ -114,6 +115,14 @@ def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+
+def rounded_share(model: torch.nn.Module) -> float:
+    """The share of a model's weights that are in 4 or 8 bits."""
+    counts = {True: 0, False: 0}
+    for parameter in model.parameters():
+        counts[not parameter.is_floating_point()] += num_weights(parameter)
+    return counts[True] / sum(counts.values())
 
 
 def num_weights(parameter: torch.nn.Parameter) -> int:

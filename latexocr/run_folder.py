@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 from latexocr.checkpoint import ADAPTER_WEIGHTS, MODEL_WEIGHTS, TRAINER_STATE
 from latexocr.contract import Contract
@@ -67,14 +68,21 @@ def check_same_run(checkpoint: Path, contract: Contract) -> None:
         "prompt": (saved.prompt, contract.prompt),
         "image options": (saved.image_policy, contract.image_policy),
         "load_in_4bit, load_in_8bit or quantized_parts": (saved.quantization, contract.quantization),
+        "empty_thinking": (saved.empty_thinking, contract.empty_thinking),
     }
-    before, now = (found.training.get("recipe", {}) for found in (saved, contract))
+    before, now = (_recipe(found.training) for found in (saved, contract))
     pairs |= {name: (before[name], now[name]) for name in now if name in before}  # a version may add some
     different = [name for name, (before, now) in pairs.items() if before != now]
     if different:
         raise InputError(
             f"{checkpoint}: was trained with another {', '.join(different)}; resume with the same options"
         )
+
+
+def _recipe(training: dict[str, Any]) -> dict[str, Any]:
+    """What is trained, from the facts in `latexocr.json`; words that became tokens by what they are."""
+    turns = training.get("options", {}).get("supervised_turns", "all")  # noted where it is not as by default
+    return {**training.get("recipe", {}), "supervised_turns": turns, "new_tokens": training.get("new_tokens_hash")}
 
 
 def _earlier_run(output_dir: Path) -> list[Path]:

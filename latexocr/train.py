@@ -8,6 +8,7 @@ print(result.adapter_dir, result.metrics)
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import math
@@ -39,6 +40,7 @@ from latexocr.metrics.fields import check_fields
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
     add_lora,
+    check_whole,
     family_in,
     freeze,
     fresh_base,
@@ -267,12 +269,16 @@ def load_model(
 def _training_facts(config: TrainConfig, data: Data) -> dict[str, Any]:
     """What people will want to know of the run; files by their last two names, because checkpoints are given away."""
     known = {"train_records": len(data.training.records), "dropped": len(data.training.dropped)}
+    words = [_short(word) if Path(word).is_file() else word for word in config.new_tokens]
     facts = {
         "train_json": _short(config.train_json),
         **({} if config.streaming else known),
-        "recipe": config.recipe,
+        "recipe": {**config.recipe, "new_tokens": words},
         "options": config.notable,
     }
+    if data.preprocessor.new_tokens:
+        added = data.preprocessor.processor.tokenizer.convert_ids_to_tokens(list(data.preprocessor.new_tokens))
+        facts["new_tokens_hash"] = hashlib.sha256("\n".join(added).encode()).hexdigest()[:16]
     if data.validation:
         num_records = len(data.validation.records)
         facts |= {
@@ -514,6 +520,8 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
     """
     base_folder = resolve_checkpoint(config.model_name_or_path, config.hub)
     family = family_in(base_folder)
+    if config.quantization:
+        check_whole(base_folder, f"load_in_{config.quantization.bits}bit")
     processor = load_processor(base_folder, trust_remote_code=config.trust_remote_code)
     known = Contract.load(base_folder)
     cell = processor.image_processor.patch_size * processor.image_processor.merge_size

@@ -38,9 +38,9 @@ NOT_SHOWN = (
 
 # Fields that say what is trained; a run that goes on repeats them.
 RATES = ("learning_rates", "new_tokens")
-LORA = ("lora_r", "lora_alpha", "lora_components", "lora_pattern", "lora_init", "use_rslora", "use_dora",
-        "loraplus_lr_ratio")  # fmt: skip
-RECIPE = {"lora": ("finetuning", *LORA, *RATES), "full": ("finetuning", "freeze", *RATES)}
+LORA_SIZE = ("lora_r", "lora_alpha")
+LORA = ("lora_components", "lora_pattern", "lora_init", "use_rslora", "use_dora", "loraplus_lr_ratio")
+RECIPE = {"lora": ("finetuning", *LORA_SIZE, *LORA, *RATES), "full": ("finetuning", "freeze", *RATES)}
 
 
 @dataclass
@@ -198,8 +198,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
     def _check_trained(self) -> None:
         """What is trained, and how it begins."""
         plain = TrainOptions()
-        # rank and scale may stand in a YAML file that serves both
-        for name in LORA[3:] if self.finetuning == "full" else ("freeze",):
+        # LORA_SIZE may stand in a YAML file that serves both
+        for name in LORA if self.finetuning == "full" else ("freeze",):
             if getattr(self, name) != getattr(plain, name):
                 other = "lora" if self.finetuning == "full" else "full"
                 raise InputError(f"{name} is for --finetuning {other}: leave it out")

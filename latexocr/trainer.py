@@ -449,7 +449,7 @@ class FormulaTrainer(Trainer):
             shown = next((one for one in record.media if one.kind == "image"), None)
             if shown is None:
                 continue
-            picture = load_image(shown.load(), record.where)
+            picture = load_image(shown.load(record.where), record.where)
             board.append(Sample(image=picture, prediction=answers[row].text, reference=record.text, id=record.id))
         self.on_board(board, self.state.global_step)
 

@@ -86,7 +86,7 @@ def _opened(media: Media, where: str) -> Iterator[tuple[Any, Any]]:
         import av
     except ImportError as error:
         raise InputError(f"{where} {media.name}: videos need PyAV: pip install av") from error
-    content = media.load()
+    content = media.load(where)
     file = io.BytesIO(content) if isinstance(content, bytes) else str(content)
     try:
         with av.open(file) as container:

@@ -282,4 +282,4 @@ class _Images(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
         record = self.records[index]
-        return self.preprocessor.patches(record.media[0].load(), record.where)
+        return self.preprocessor.patches(record.media[0].load(record.where), record.where)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
+import threading
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,7 @@ import torch
 from conftest import MODEL_TYPES, SAMPLE
 from PIL import Image
 
+from latexocr import formats
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.errors import InputError
 from latexocr.formats import Access, Media, Turn
@@ -21,6 +25,11 @@ from latexocr.preprocess import IGNORED, Preprocessor, decode_sample
 from latexocr.records import read_records
 
 PICTURE = Image.new("RGB", (56, 28), "white")  # two visual tokens with the policy below
+
+
+def encoded(picture: Image.Image) -> bytes:
+    picture.save(file := io.BytesIO(), format="PNG")
+    return file.getvalue()
 
 
 @pytest.fixture
@@ -262,6 +271,64 @@ def test_access(folder):
     url, outside = read_records(path, access=Access(urls=True, outside=True))
     assert url.media[0].content == "https://x.org/a.png" and url.where == "t.jsonl record 0 (https://x.org/a.png)"
     assert outside.image_path == folder / "../a.png"
+
+
+class Pictures(BaseHTTPRequestHandler):
+    """/a.png is a picture; /cut ends too early, /rude says no HTTP, /large is too large, nothing else is there."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self.server.asked.append(self.path)
+        if self.path == "/rude":
+            self.wfile.write(b"no HTTP at all\r\n\r\n")
+            return
+        content = {"/a.png": encoded(PICTURE), "/cut": encoded(PICTURE), "/large": b"x" * 2000}.get(self.path, b"")
+        self.send_response(200 if content else 404)
+        self.send_header("Content-Length", str(len(content) + 9 * (self.path == "/cut")))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(formats, "MAX_BYTES", 1000)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Pictures)
+    server.url, server.asked = f"http://127.0.0.1:{server.server_port}", []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_a_url_is_fetched_once(folder, preprocessor, server):
+    """Measured, read, and read again from a file of its own: one request, and what a local file gives."""
+    path = write(folder, {"image": f"{server.url}/a.png", "text": "x"}, {"image": "a.png", "text": "x"})
+    fetched, local = read_records(path, access=Access(urls=True))
+    assert preprocessor.count_tokens(fetched) == preprocessor.count_tokens(local)
+    assert torch.equal(preprocessor(fetched)["pixel_values"], preprocessor(local)["pixel_values"])
+    (again,) = read_records(write(folder, {"image": f"{server.url}/a.png", "text": "y"}), access=Access(urls=True))
+    assert preprocessor(again)["input_ids"].shape == preprocessor(local)["input_ids"].shape
+    assert server.asked == ["/a.png"]
+    (kept,) = (folder / "cache/latexocr/urls").iterdir()
+    assert kept.read_bytes() == encoded(PICTURE)
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [("/none", "HTTPError: HTTP Error 404"), ("/rude", "BadStatusLine: no HTTP at all"), ("/cut", "IncompleteRead: "),
+     ("/large", "holds more than 0 MB"), (":x/", "InvalidURL: nonnumeric port"), (":1/", "URLError: ")],
+)  # fmt: skip
+def test_what_no_url_gives(folder, preprocessor, server, place, message):
+    """One line that names the row and the address, and nothing is kept."""
+    url = (server.url if place.startswith("/") else "http://127.0.0.1") + place
+    row = chat(("user", "<image><image>"), ("assistant", "x"), images=["a.png", url])
+    (record,) = read_records(write(folder, row), access=Access(urls=True))
+    with pytest.raises(InputError) as error:
+        preprocessor.count_tokens(record)
+    assert f"t.jsonl record 0 (a.png), {url}: " in str(error.value) and message in str(error.value)
+    assert not (folder / "cache").exists()
 
 
 MIXED = [

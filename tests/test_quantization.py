@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -57,6 +58,19 @@ def test_only_the_decoder_is_rounded(model_type, tiny_models):
     assert layer.weight.numel() == 128 * 256 // 2 and num_weights(layer.weight) == 128 * 256
     errors = (quantization.weights(layer, torch.float32) - original.weight.data).view(-1, 64).abs()
     assert 0 < float((errors / original.weight.data.view(-1, 64).abs().amax(1, keepdim=True)).max()) < 0.16
+
+
+@requires_bitsandbytes
+def test_what_is_rounded_is_said(tiny_models, caplog):
+    """21 layers of 8,192 to 32,768 weights are 59% of the tiny Qwen2-VL; ERNIE's experts stay as they are."""
+    caplog.set_level("INFO", logger="latexocr")
+    for model_type, share, warned in (("qwen2_vl", "59%", 0), ("ernie4_5_vl_moe", "26%", 1)):
+        caplog.clear()
+        load_base(tiny_models[model_type], dtype=torch.float32, device="cpu", quantization=Quantization())
+        assert caplog.messages[0] == f"4 bits: {share} of the weights"
+        warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+        assert len(warnings) == warned
+        assert all(f"only {share} of the weights are in 4 bits" in text for text in warnings)
 
 
 @requires_bitsandbytes
@@ -130,11 +144,17 @@ def test_a_base_that_is_stored_in_4_bits(config, tiny, tmp_path):
     assert logged(tmp_path / "one") == pytest.approx(logged(tmp_path / "two"), rel=1e-6)
     merge(result.adapter_dir, tmp_path / "merged", images=[PICTURE])
     assert "quantization_config" not in json.loads((tmp_path / "merged/config.json").read_text())
-    with pytest.raises(InputError, match="leave load_in_4bit out"):
-        train(config(model_name_or_path=str(stored), load_in_4bit=True, output_dir=str(tmp_path / "three")))
+    for bits in (4, 8):
+        with pytest.raises(InputError, match=f"leave load_in_{bits}bit out"):
+            train(config(**{"model_name_or_path": str(stored), f"load_in_{bits}bit": True}))
+    with pytest.raises(InputError, match=r"stored rounded \(bitsandbytes\) already; leave --base-bits out"):
+        LatexOCR.from_pretrained(stored, base_bits=4)
+    trained = replace(Contract.load(result.adapter_dir), quantization=Quantization())  # says no option that was given
+    trained.save(result.adapter_dir)
+    assert len(rounded_layers(LatexOCR.from_pretrained(stored, adapter=result.adapter_dir).model)) == 21
 
 
-def test_what_cannot_be_had_is_refused(config, monkeypatch):
+def test_what_cannot_be_had_is_refused(config, tiny, monkeypatch):
     with pytest.raises(InputError, match="exclude each other"):
         config(load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(InputError, match="load_in_4bit rounds weights that --finetuning full trains"):
@@ -146,6 +166,10 @@ def test_what_cannot_be_had_is_refused(config, monkeypatch):
     for options in ({"load_in_4bit": True}, {"optim": "adamw_8bit"}, {"optim": "paged_adamw_8bit"}):
         with pytest.raises(InputError, match="needs bitsandbytes, which is not installed: pip install"):
             config(**options)
+    with pytest.raises(InputError, match=r"in 8 bits needs bitsandbytes, .*; or --base-bits 16"):
+        LatexOCR.from_pretrained(tiny, base_bits=8)
+    with pytest.raises(InputError, match=r"in 4 bits needs bitsandbytes, .*; or leave it out"):
+        load_base(tiny, dtype=torch.float32, quantization=Quantization())
 
 
 @requires_bitsandbytes

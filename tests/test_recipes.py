@@ -12,6 +12,7 @@ from conftest import SAMPLE
 from safetensors.torch import load_file
 
 from latexocr.config import OUR_NAMES, TrainOptions, parse_train_arguments, typed_values
+from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.graphs import GradientBuffer
 from latexocr.initialisation import pissa, write_difference
@@ -163,6 +164,7 @@ def test_layers_by_an_expression(tiny):
         ({"finetuning": "full", "freeze": ["."]}, r"freeze: \. leave nothing to train"),
         ({"freeze": ["vision"]}, "freeze is for --finetuning full"),
         ({"finetuning": "full", "use_dora": True}, "use_dora is for --finetuning lora"),
+        ({"finetuning": "full", "lora_components": ["vision"]}, "lora_components is for --finetuning lora"),
         ({"learning_rates": {"visoin": 1e-5}}, "learning_rates: 'visoin' is none of .*did you mean 'vision'"),
         ({"learning_rates": {"vision": 1e-5}}, r"learning_rates: vision is not trained here \(language\)"),
         ({"learning_rates": {"language": -1.0}}, "learning_rates: language is -1.0, needs a number from 0"),
@@ -252,6 +254,28 @@ def test_new_tokens_are_trained_saved_loaded_and_merged(tied, tiny, config, tmp_
     answers = [LatexOCR.from_pretrained(**source)(picture, max_new_tokens=6) for source in
                ({"path": tiny, "adapter": whole.adapter_dir}, {"path": tmp_path / "merged"})]  # fmt: skip
     assert answers[0] == answers[1]
+
+
+def test_a_run_that_goes_on_trains_the_same(config, tmp_path):
+    """Other answers, other thoughts or other words are refused; a file of words is known by the words."""
+    words = tmp_path / "words.txt"
+    words.write_text("\\iiint\n\\oiint\n")
+    train(config(new_tokens=[str(words)], supervised_turns="last", max_steps=1))
+    contract = Contract.load(tmp_path / "run/checkpoint-1")
+    assert contract.training["recipe"]["new_tokens"] == [f"{tmp_path.name}/words.txt"]
+
+    def go_on(**options):
+        train(config(**{"new_tokens": ["\\iiint", "\\oiint"], "supervised_turns": "last", "max_steps": 2, **options},
+                     resume_from_checkpoint=str(tmp_path / "run/checkpoint-1")))  # fmt: skip
+
+    for options in ({"supervised_turns": "all"}, {"empty_thinking": True}, {"new_tokens": ["\\oiint", "\\iiint"]}):
+        with pytest.raises(InputError, match=f"trained with another {next(iter(options))}; resume with the same"):
+            go_on(**options)
+    words.write_text("\\iiint\n\\oiiint\n")
+    with pytest.raises(InputError, match="trained with another new_tokens; resume with the same"):
+        go_on(new_tokens=[str(words)])
+    go_on()
+    assert len(losses(tmp_path / "run")) == 2
 
 
 @pytest.mark.parametrize("tied", [True, False], ids=("tied", "untied"))

@@ -10,17 +10,22 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
 from latexocr.cli import main
+from latexocr.contract import Contract
+from latexocr.info import inspect
 from latexocr.train import train
-from latexocr.upload import HUBS
+from latexocr.upload import HUBS, stage
 
+BASE = "Qwen/Qwen2-VL-2B-Instruct"
 TOKEN = "token-of-a-test"
 # checkpoint-1 of a LoRA training: what makes up the adapter, and what stays here
 SENT = {"README.md", "adapter_config.json", "adapter_model.safetensors", "chat_template.jinja", "latexocr.json",
@@ -132,36 +137,78 @@ def run_upload(folder, to, url, *flags, token=TOKEN) -> subprocess.CompletedProc
 @pytest.mark.slow
 @pytest.mark.parametrize("to", HUBS)
 def test_a_checkpoint_arrives_without_its_optimiser(to, checkpoint, stand_in):
-    """Stand-in hub: byte for byte what is in the folder, and nothing of what only training needs."""
-    done = run_upload(checkpoint, to, stand_in.url)
+    """Stand-in hub: what is in the folder but for the base's place, and nothing of what only training needs."""
+    before = {path.name: path.read_bytes() for path in checkpoint.iterdir()}
+    done = run_upload(checkpoint, to, stand_in.url, "--base", BASE)
     assert done.returncode == 0, done.stderr
-    assert stand_in.files == {name: (checkpoint / name).read_bytes() for name in SENT}
+    assert stand_in.files.keys() == SENT
+    changed = {name for name in SENT if stand_in.files[name] != before[name]}
+    assert changed == {"latexocr.json", "adapter_config.json", "README.md"}
     (made,) = stand_in.made
     assert made.get("visibility", made.get("Visibility")) in ("private", 1)
     assert re.search(r"^https?://\S+/me/formulas: 8 files, \d\.\d MB\n\Z", done.stdout, re.MULTILINE)
     assert TOKEN not in done.stdout + done.stderr
-    assert {path.name for path in checkpoint.iterdir()} == SENT | KEPT_BACK  # no traces of the client
+    assert {path.name: path.read_bytes() for path in checkpoint.iterdir()} == before  # no traces of the client
 
 
 @pytest.mark.slow
 def test_a_hub_that_refuses_is_quoted(checkpoint, stand_in):
-    done = run_upload(checkpoint, "huggingface", stand_in.url, token="wrong-token")
+    done = run_upload(checkpoint, "huggingface", stand_in.url, "--base", BASE, token="wrong-token")
     assert done.returncode == 2 and stand_in.files == {}
     assert "latexocr upload: huggingface did not take me/formulas (" in done.stderr and "401" in done.stderr
     assert "wrong-token" not in done.stderr
 
 
 def test_a_dry_run_shows_the_files(checkpoint, capsys):
-    assert main(["upload", str(checkpoint), "me/formulas", "--to", "modelscope", "--dry-run"]) == 0
+    assert main(["upload", str(checkpoint), "me/formulas", "--to", "modelscope", "--base", BASE, "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert set(re.findall(r"^ +[\d,]+  (\S+)$", printed, re.MULTILINE)) == SENT
     assert "8 files" in printed and printed.endswith("nothing was sent (--dry-run)\n")
 
 
+def test_no_path_of_this_machine_is_published(checkpoint, tiny, tmp_path):
+    """A base in a folder gets the hub id that is named; the three files that speak of it agree."""
+    for name in SENT:
+        assert (
+            name in ("latexocr.json", "adapter_config.json")
+            or str(tiny).encode() not in (checkpoint / name).read_bytes()
+        )
+    stage(inspect(checkpoint), tmp_path, base=BASE, hub="huggingface")
+    contract, peft = (json.loads((tmp_path / name).read_text()) for name in ("latexocr.json", "adapter_config.json"))
+    assert (contract["base_model"], contract["hub"]) == (BASE, "huggingface")
+    assert peft["base_model_name_or_path"] == BASE
+    assert f"base_model: {BASE}\n" in (tmp_path / "README.md").read_text()
+    assert not [name for name in SENT if str(tiny).encode() in (tmp_path / name).read_bytes()]
+
+
+def test_a_known_hub_id_is_published(checkpoint, tmp_path):
+    """peft names the cache in which a downloaded base lies; a card that was written by hand is left alone."""
+    mine, target = tmp_path / "mine", tmp_path / "target"
+    shutil.copytree(checkpoint, mine)
+    target.mkdir()
+    replace(
+        Contract.load(mine), base_model=BASE, training={"options": {"deepspeed": "/home/me/runs/zero3.json"}}
+    ).save(mine)
+    (mine / "README.md").write_text("My adapter.")
+    stage(inspect(mine), target, base=None, hub="huggingface")
+    contract, peft = (json.loads((target / name).read_text()) for name in ("latexocr.json", "adapter_config.json"))
+    assert (contract["base_model"], contract["hub"], peft["base_model_name_or_path"]) == (BASE, "modelscope", BASE)
+    assert contract["training"]["options"] == {"deepspeed": "runs/zero3.json"}
+    assert (target / "README.md").read_text() == "My adapter."
+
+
 def test_what_cannot_be_uploaded(checkpoint, tmp_path, capsys, monkeypatch):
     monkeypatch.delenv("MODELSCOPE_API_TOKEN", raising=False)
     for words, message in (
-        ([str(checkpoint), "me/formulas", "--to", "modelscope"], "no token for modelscope: get one at https://"),
+        ([str(checkpoint), "me/formulas", "--to", "modelscope"], "give the base's hub id: --base organisation/name"),
+        (
+            [str(checkpoint), "me/formulas", "--to", "modelscope", "--base", "/models/qwen"],
+            "base is '/models/qwen', needs",
+        ),
+        (
+            [str(checkpoint), "me/formulas", "--to", "modelscope", "--base", BASE],
+            "no token for modelscope: get one at https://",
+        ),
         ([str(checkpoint), "formulas", "--to", "modelscope"], "repo_id is 'formulas', needs organisation/name"),
         ([str(tmp_path), "me/formulas", "--to", "modelscope"], "neither an adapter nor a model"),
         ([str(checkpoint), "me/formulas", "--to", "github"], "invalid choice: 'github'"),

@@ -12,11 +12,11 @@ Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from latexocr.metrics.scores import Metric, Pairs, metrics_of
+from latexocr.metrics.scores import Metric, metrics_of
 
 NUM_RESAMPLES = 1000
 SEED = 0
@@ -36,10 +36,11 @@ class Table:
 
     Args:
         pairs: predictions and references; they decide which metrics there are.
+        metrics: others, of whatever `pairs` then is (`latexocr.metrics.fields`).
     """
 
-    def __init__(self, pairs: Pairs) -> None:
-        self.metrics = metrics_of(pairs)
+    def __init__(self, pairs: Any, metrics: Sequence[Metric] | None = None) -> None:
+        self.metrics = metrics_of(pairs) if metrics is None else list(metrics)
         parts = [metric.per_row(pairs) for metric in self.metrics]
         self.matrix = np.concatenate(parts, axis=1)  # (rows, columns of all metrics)
         stops = np.cumsum([part.shape[1] for part in parts])
