@@ -5,8 +5,13 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -68,6 +73,40 @@ def records(tmp_path_factory) -> dict[str, Path]:
         "train": write_records(folder / "train.json", rows[:24]),
         "val": write_records(folder / "val.json", rows[24:]),
     }
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> Iterator[str]:
+    """What stands for sys.executable where a process of its own matters, but not that it imports torch: see warm.py"""
+    if sys.platform != "linux" or Path("/dev/nvidiactl").exists():  # a GPU's driver does not survive a fork
+        yield sys.executable
+        return
+    folder, warm = tmp_path_factory.mktemp("python"), ROOT / "tests/warm.py"
+    program = folder / "python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{warm}" ask "{folder}/socket" "$@"\n')
+    program.chmod(0o755)
+    command = [sys.executable, str(warm), "serve", f"{folder}/socket"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield str(program)
+        server.stdin.close()
+
+
+def launch_by(python: str, script: Path, *words: object, ranks: int = 1, **environment: str) -> CompletedProcess:
+    """Run a script in a process, or in as many gloo ranks by torch's launcher; it must succeed."""
+    start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [python, *start, *map(str, (script, *words))], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def launch(python) -> Callable[..., CompletedProcess]:
+    return partial(launch_by, python)
 
 
 @pytest.fixture
