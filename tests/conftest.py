@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -75,25 +76,31 @@ def records(tmp_path_factory) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="session")
-def python(tmp_path_factory) -> Iterator[str]:
-    """What stands for sys.executable where a process of its own matters, but not that it imports torch: see warm.py"""
+@contextmanager
+def warm_python(folder: Path, **environment: str) -> Iterator[str]:
+    """A program for the place of sys.executable that takes torch and its friends from a server: see warm.py."""
     if sys.platform != "linux" or Path("/dev/nvidiactl").exists():  # a GPU's driver does not survive a fork
         yield sys.executable
         return
-    folder, warm = tmp_path_factory.mktemp("python"), ROOT / "tests/warm.py"
-    program = folder / "python"
+    warm, program = ROOT / "tests/warm.py", folder / "python"
     program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{warm}" ask "{folder}/socket" "$@"\n')
     program.chmod(0o755)
     command = [sys.executable, str(warm), "serve", f"{folder}/socket"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as server:
         assert server.stdout.readline() == b"ready\n"
         yield str(program)
         server.stdin.close()
 
 
-def launch_by(python: str, script: Path, *words: object, ranks: int = 1, **environment: str) -> CompletedProcess:
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> Iterator[str]:
+    """For processes whose start is not the point."""
+    with warm_python(tmp_path_factory.mktemp("python")) as program:
+        yield program
+
+
+def launch_by(python: str, script: Path | str, *words: object, ranks: int = 1, **environment: str) -> CompletedProcess:
     """Run a script in a process, or in as many gloo ranks by torch's launcher; it must succeed."""
     start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
     done = subprocess.run(
