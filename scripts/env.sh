@@ -3,6 +3,9 @@
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV="$ROOT/.venv"
+# uv compiles no bytecode, and many container images forbid Python to: then each start compiles torch and transformers
+# anew, which trebles its 8 seconds of CPU time.
+unset PYTHONDONTWRITEBYTECODE
 
 die() { echo "error: $*" >&2; exit 1; }
 

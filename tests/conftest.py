@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 
@@ -68,6 +74,46 @@ def records(tmp_path_factory) -> dict[str, Path]:
         "train": write_records(folder / "train.json", rows[:24]),
         "val": write_records(folder / "val.json", rows[24:]),
     }
+
+
+@contextmanager
+def warm_python(folder: Path, **environment: str) -> Iterator[str]:
+    """A program for the place of sys.executable that takes torch and its friends from a server: see warm.py."""
+    if sys.platform != "linux" or Path("/dev/nvidiactl").exists():  # a GPU's driver does not survive a fork
+        yield sys.executable
+        return
+    warm, program = ROOT / "tests/warm.py", folder / "python"
+    program.write_text(f'#!/bin/sh\nexec "{sys.executable}" -IS "{warm}" ask "{folder}/socket" "$@"\n')
+    program.chmod(0o755)
+    command = [sys.executable, str(warm), "serve", f"{folder}/socket"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **environment}
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as server:
+        assert server.stdout.readline() == b"ready\n"
+        yield str(program)
+        server.stdin.close()
+
+
+@pytest.fixture(scope="session")
+def python(tmp_path_factory) -> Iterator[str]:
+    """For processes whose start is not the point."""
+    with warm_python(tmp_path_factory.mktemp("python")) as program:
+        yield program
+
+
+def launch_by(python: str, script: Path | str, *words: object, ranks: int = 1, **environment: str) -> CompletedProcess:
+    """Run a script in a process, or in as many gloo ranks by torch's launcher; it must succeed."""
+    start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
+    done = subprocess.run(
+        [python, *start, *map(str, (script, *words))], capture_output=True, text=True, timeout=300,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python, **environment},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
+@pytest.fixture(scope="session")
+def launch(python) -> Callable[..., CompletedProcess]:
+    return partial(launch_by, python)
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from accelerate.utils import launch as launch_utils
 from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
-from test_stop import command, run_until
+from test_stop import run_until, words
 
 from latexocr.errors import InputError
 from latexocr.metrics_file import read_metrics
@@ -112,17 +112,12 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def train_sharded(tiny, records, output: Path, environment: dict[str, str], *extra: str) -> None:
+def train_sharded(launch, tiny, records, output: Path, environment: dict[str, str], *extra: str) -> None:
     script = output.parent / "train_on_cpu.py"
     script.write_text(ON_CPU.format(root=str(ROOT)), encoding="utf-8")
     options = {"model_name_or_path": tiny, "train_json": records["train"], "val_json": records["val"], **OPTIONS}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *flags,
-         "--per_device_train_batch_size", "4", "--output_dir", str(output), *extra],
-        capture_output=True, text=True, env={**os.environ, **environment, "OMP_NUM_THREADS": "1"}, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(script, *flags, "--per_device_train_batch_size", 4, "--output_dir", output, *extra, ranks=2, **environment)
 
 
 def logged(output: Path, key: str) -> list[float]:
@@ -130,11 +125,11 @@ def logged(output: Path, key: str) -> list[float]:
 
 
 @pytest.mark.slow
-def test_fsdp2_equals_one_process(config, tiny, records, tmp_path, monkeypatch):
+def test_fsdp2_equals_one_process(launch, config, tiny, records, tmp_path, monkeypatch):
     """Same losses, gradients and validation (7 rows on 2 ranks); an adapter that loads; a run that resumes."""
     one, two = tmp_path / "one", tmp_path / "two"
     sharded = fsdp_environment(monkeypatch)
-    train_sharded(tiny, records, two, sharded, "--gradient_checkpointing", "true")
+    train_sharded(launch, tiny, records, two, sharded, "--gradient_checkpointing", "true")
     train(config(**OPTIONS, per_device_train_batch_size=8, val_json=str(records["val"]), output_dir=str(one)))
     for key, count in {"loss": 3, "grad_norm": 3, "eval_loss": 2, "eval_edit_distance": 2}.items():
         assert len(logged(one, key)) == count, key
@@ -150,18 +145,18 @@ def test_fsdp2_equals_one_process(config, tiny, records, tmp_path, monkeypatch):
     assert isinstance(LatexOCR.from_pretrained(two / "adapter")(picture), str)
 
     shutil.rmtree(two / "checkpoint-3")
-    train_sharded(tiny, records, two, sharded, "--resume_from_checkpoint", "true")
+    train_sharded(launch, tiny, records, two, sharded, "--resume_from_checkpoint", "true")
     assert logged(two, "loss")[-1] == pytest.approx(logged(one, "loss")[-1], rel=1e-5)
     assert (two / "checkpoint-3").is_dir()
 
 
 @pytest.mark.slow
-def test_fsdp2_trains_every_weight(config, tiny, records, tmp_path, monkeypatch):
+def test_fsdp2_trains_every_weight(launch, config, tiny, records, tmp_path, monkeypatch):
     """Same losses and gradients, a model that loads and answers, a run that resumes."""
     one, two = tmp_path / "one", tmp_path / "two"
     sharded, options = fsdp_environment(monkeypatch), {"finetuning": "full", "learning_rate": 1e-4}
     flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    train_sharded(tiny, records, two, sharded, *flags)
+    train_sharded(launch, tiny, records, two, sharded, *flags)
     batch = {"per_device_train_batch_size": 8, "val_json": str(records["val"])}
     train(config(**{**OPTIONS, **batch, **options, "output_dir": str(one)}))
     for key, count in {"loss": 3, "grad_norm": 3, "eval_loss": 2}.items():
@@ -170,7 +165,7 @@ def test_fsdp2_trains_every_weight(config, tiny, records, tmp_path, monkeypatch)
     picture = json.loads(records["val"].read_text())[0]["conversations"][0]["value"]
     assert isinstance(LatexOCR.from_pretrained(two / "model")(picture, max_new_tokens=4), str)
     shutil.rmtree(two / "checkpoint-3")
-    train_sharded(tiny, records, two, sharded, *flags, "--resume_from_checkpoint", "true")
+    train_sharded(launch, tiny, records, two, sharded, *flags, "--resume_from_checkpoint", "true")
     assert logged(two, "loss")[-1] == pytest.approx(logged(one, "loss")[-1], rel=1e-4)
 
 
@@ -266,7 +261,7 @@ def test_slurm_job_queues_again_and_resumes(slurm, tmp_path):
 @pytest.mark.skipif(sys.platform != "linux", reason="the workers' protection needs sigwaitinfo")
 def test_a_signal_to_every_process_of_the_job(tiny, records, tmp_path):
     """Slurm signals the data-loader workers too; a worker that dies must not cost the checkpoint."""
-    process = run_until(3, ["setsid", *command(tiny, records, tmp_path)], tmp_path)
+    process = run_until(3, ["setsid", sys.executable, *words(tiny, records, tmp_path)], tmp_path)
     os.killpg(process.pid, signal.SIGTERM)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 143 and "Traceback" not in err, err

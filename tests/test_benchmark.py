@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE, requires_tex
+from conftest import ROOT, SAMPLE, launch_by, requires_tex
 
 from latexocr.csv2json import csv2json
 from latexocr.data2csv import data2csv
@@ -26,12 +25,23 @@ def data(tmp_path_factory) -> Path:
     return folder / "train.json"
 
 
-def run(script: str, *arguments: object) -> dict:
-    command = [sys.executable, str(BENCHMARKS / script), *map(str, arguments)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=500)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+# the processes that a benchmark starts are started by the same program
+START = """
+import runpy, sys
+sys.executable, *sys.argv = sys.argv[1:]
+sys.path[0] = sys.argv[0].rpartition("/")[0]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture
+def run(launch, python) -> Callable[..., dict]:
+    """Runs a benchmark, and reads the JSON that it prints."""
+
+    def run(script: str, *arguments: object) -> dict:
+        return json.loads(launch("-c", START, python, BENCHMARKS / script, *arguments).stdout)
+
+    return run
 
 
 def load(name: str):
@@ -44,7 +54,7 @@ def load(name: str):
 
 
 @pytest.mark.slow
-def test_training(data, tiny, tmp_path):
+def test_training(run, data, tiny, tmp_path):
     found = run("training.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 4,
                 "--variants", "tutorial 2x2", "ours 0x1", "ours 2x1 checkpointing",
                 "--output", tmp_path / "found.json")  # fmt: skip
@@ -62,14 +72,14 @@ def test_training(data, tiny, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("trl") is None, reason="the peer is not installed")
-def test_sfttrainer(data, tiny):
+def test_sfttrainer(run, data, tiny):
     found = run("training.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 3,
                 "--variants", "trl 2x2 checkpointing", "trl 4x1")  # fmt: skip
     assert [len(row["losses"]) for row in found["results"]] == [3, 3]
 
 
 @pytest.mark.slow
-def test_curves(data, tiny):
+def test_curves(run, data, tiny):
     found = run("curves.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 3,
                 "--variants", "padded 4x1", "flattened 2x2")  # fmt: skip
     assert found["reference"] == "padded 4x1" and len(found["results"]["padded 4x1"]) == 3
@@ -78,7 +88,7 @@ def test_curves(data, tiny):
 
 
 @pytest.mark.slow
-def test_scaling(data, tiny):
+def test_scaling(run, data, tiny):
     found = run("scaling.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 3,
                 "--ranks", 1, 2, "--batches", 2)  # fmt: skip
     one, two = found["results"]
@@ -87,8 +97,9 @@ def test_scaling(data, tiny):
 
 @pytest.mark.slow
 def test_job(data, tiny):
-    found = run("job.py", "--data", data, "--size", "tiny", "--model", tiny, "--samples", 12, "--epochs", 1,
-                "--variants", "ours 4x1")  # fmt: skip
+    """Its processes are real starts."""
+    words = ("--data", data, "--size", "tiny", "--model", tiny, "--samples", 12, "--epochs", 1)
+    found = json.loads(launch_by(sys.executable, BENCHMARKS / "job.py", *words, "--variants", "ours 4x1").stdout)
     (row,) = found["results"]
     assert found["samples"] == 12 and len(row["losses"]) == 3
     assert row["process_seconds"] > row["train_runtime"] > 0
@@ -96,7 +107,7 @@ def test_job(data, tiny):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs: pip install bitsandbytes")
-def test_full_size(data, tiny):
+def test_full_size(run, data, tiny):
     """What was saved has the loss of the last validation."""
     found = run("full_size.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 4, "--lora-r", 16,
                 "--recipes", "qlora", "--batches", 2, "--options", "learning_rate=1e-3")  # fmt: skip
@@ -107,14 +118,14 @@ def test_full_size(data, tiny):
 
 
 @pytest.mark.slow
-def test_generation(data, tiny):
+def test_generation(run, data, tiny):
     found = run("generation.py", "--data", data, "--size", "tiny", "--model", tiny, "--images", 6,
                 "--images-one-by-one", 2, "--tokens", 5, "--batch-sizes", 4)  # fmt: skip
     rates = {row["reader"]: row["over_one_by_one"] for row in found["results"]}
     assert rates["one by one"] == 1.0 and len(rates) == 5 and all(rate > 0 for rate in rates.values())
 
 
-def test_chart(tmp_path):
+def test_chart(run, tmp_path):
     rows = [{"variant": f"{system} {batch}x1", "samples_per_second": rate * batch}
             for system, rate in (("tutorial", 1.0), ("ours", 10.0)) for batch in (4, 1)]  # fmt: skip
     rows += [{"variant": "ours 128x1", "failed": "out of memory"}, {"variant": "ours 4x4", "samples_per_second": 9.0}]
@@ -149,7 +160,7 @@ def test_steps_and_flags():
 
 
 @pytest.mark.slow
-def test_data():
+def test_data(run):
     found = run("data.py", "--source", SAMPLE)
     assert found["rows"] == 400
     rates = {name: value for name, value in found["results"].items() if name.endswith("per_second")}
@@ -163,14 +174,14 @@ def sample_json(tmp_path):
     return tmp_path / "train.json"
 
 
-def test_preprocessing(sample_json):
+def test_preprocessing(run, sample_json):
     found = run("preprocessing.py", "--data", str(sample_json), "--samples", "20", "--tutorial_samples", "4")
     rates = found["results"]
     assert list(rates) == ["tutorial", "as arrays", "as in training"]
     assert rates["tutorial"]["over_tutorial"] == 1.0 and rates["as in training"]["over_tutorial"] > 2
 
 
-def test_startup(sample_json):
+def test_startup(run, sample_json):
     found = run("startup.py", "--data", str(sample_json), "--size", "tiny", "--records", "400", "800", "--steps",
                 "2")  # fmt: skip
     assert [row["records"] for row in found["results"]] == [400, 800]
@@ -180,7 +191,7 @@ def test_startup(sample_json):
 
 
 @requires_tex
-def test_rendering(tmp_path):
+def test_rendering(run, tmp_path):
     lines = [f"key{n}\t\tx _ {{ {n} }}" for n in range(30)] + [r"bad" + "\t\t" + r"\frac { 1 }"]
     (tmp_path / "formulas.tsv").write_text("\n".join(lines) + "\n")
     found = run("rendering.py", "--formulas", tmp_path / "formulas.tsv", "--calls", 1)["results"]
@@ -190,7 +201,7 @@ def test_rendering(tmp_path):
 
 
 @requires_tex
-def test_synthesize(tmp_path):
+def test_synthesize(run, tmp_path):
     (tmp_path / "formulas.tsv").write_text("key\t\tx _ { 1 }\nkey\t\t\\frac { a } { b }\n")
     found = run("synthesize.py", "--formulas", tmp_path / "formulas.tsv", "--images", 20, "--num-workers", 1)[
         "results"
@@ -201,7 +212,7 @@ def test_synthesize(tmp_path):
 
 
 @requires_tex
-def test_glyph_f1(tmp_path):
+def test_glyph_f1(run, tmp_path):
     rows = [("x^2", "x_2", 1.0), ("x+1", "x+2", 0.667), ("a", "a", 1.0), ("b", "c", 0.0), ("a+b+c", "a+b", 0.75)]
     pairs = [{"prediction": one, "reference": other, "cdm_f1": value} for one, other, value in rows]
     (tmp_path / "cdm.json").write_text(json.dumps({"pairs": pairs}))

@@ -438,9 +438,9 @@ def test_what_documents_cannot_have(options, message, folder, config):
 
 
 @pytest.mark.slow
-def test_a_rank_without_pictures_does_not_hang(folder, tiny):
+def test_a_rank_without_pictures_does_not_hang(launch, folder, tiny):
     """Two ranks, of which one or none has a picture, also with adapters in the vision tower: as one process."""
-    from test_distributed import launch
+    from test_distributed import train_on
 
     from latexocr.metrics_file import read_metrics
 
@@ -448,7 +448,7 @@ def test_a_rank_without_pictures_does_not_hang(folder, tiny):
     path = write(folder, *rows)
     options = ["--gradient_accumulation_steps", "1", "--lora_components", "language", "vision", "merger"]
     for ranks in (1, 2):
-        launch(ranks, 2 // ranks, tiny, {"train": path, "val": path}, folder / str(ranks), *options)
+        train_on(launch, ranks, 2 // ranks, tiny, {"train": path, "val": path}, folder / str(ranks), *options)
     one, two = (
         [row["loss"] for row in read_metrics(folder / ranks / "metrics.jsonl") if "loss" in row] for ranks in "12"
     )

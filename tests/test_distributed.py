@@ -7,12 +7,13 @@ import os
 import socket
 import subprocess
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, launch_by
 
 from latexocr.metrics_file import read_metrics
 from latexocr.train import train
@@ -20,7 +21,7 @@ from latexocr.train import train
 pytestmark = pytest.mark.slow
 
 
-def launch(ranks: int, batch: int, tiny, records, output: Path, *extra: str) -> None:
+def train_on(launch, ranks: int, batch: int, tiny, records, output: Path, *extra: str) -> None:
     arguments = [
         str(ROOT / "scripts/train.py"), "--model_name_or_path", str(tiny), "--train_json", str(records["train"]),
         "--val_json", str(records["val"]), "--output_dir", str(output), "--use_cpu", "--num_train_epochs", "2",
@@ -28,21 +29,15 @@ def launch(ranks: int, batch: int, tiny, records, output: Path, *extra: str) -> 
         "--lora_dropout", "0", "--learning_rate", "1e-3", "--dataloader_num_workers", "0", "--max_new_tokens", "8",
         "--per_device_eval_batch_size", "2", "--swanlab_mode", "offline", *extra,
     ]  # fmt: skip
-    start = (
-        [sys.executable]
-        if ranks == 1
-        else [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*start, *arguments], capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
+    done = launch(*arguments, ranks=ranks)
     assert done.stdout.count("trainable   ") == 1  # only the main process speaks
 
 
 def test_two_ranks_equal_one_process(tiny, records, tmp_path):
-    """24 records in steps of 10 (one rank of 10, two of 5) do not divide: no sample twice, none lost."""
-    launch(1, 10, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1")
-    launch(2, 5, tiny, records, tmp_path / "two", "--gradient_accumulation_steps", "1")
+    """24 records in steps of 10 (one rank of 10, two of 5) do not divide: no sample twice, none lost. Real starts."""
+    launch = partial(launch_by, sys.executable)
+    train_on(launch, 1, 10, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1")
+    train_on(launch, 2, 5, tiny, records, tmp_path / "two", "--gradient_accumulation_steps", "1")
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for key in ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_edit_distance", "eval_exact_match"):
         found = {name: [row[key] for row in rows if key in row] for name, rows in (("one", one), ("two", two))}
@@ -54,12 +49,12 @@ def test_two_ranks_equal_one_process(tiny, records, tmp_path):
         assert len(list((tmp_path / name / "swanlog").glob("run-*"))) == 1
 
 
-def test_two_ranks_equal_one_process_with_every_weight(tiny, records, tmp_path):
+def test_two_ranks_equal_one_process_with_every_weight(launch, tiny, records, tmp_path):
     """From fresh weights, with corrupted answers: what becomes of a record does not depend on its rank."""
     options = ["--gradient_accumulation_steps", "1", "--finetuning", "full", "--init_from_config", "true",
                "--token_corruption", "0.3"]  # fmt: skip
-    launch(1, 10, tiny, records, tmp_path / "one", *options)
-    launch(2, 5, tiny, records, tmp_path / "two", *options)
+    train_on(launch, 1, 10, tiny, records, tmp_path / "one", *options)
+    train_on(launch, 2, 5, tiny, records, tmp_path / "two", *options)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for key, count in {"loss": 6, "grad_norm": 6, "eval_loss": 2, "eval_edit_distance": 2}.items():
         found = {name: [row[key] for row in rows if key in row] for name, rows in (("one", one), ("two", two))}
@@ -67,19 +62,19 @@ def test_two_ranks_equal_one_process_with_every_weight(tiny, records, tmp_path):
     assert (tmp_path / "two/model/model.safetensors").is_file()
 
 
-def test_accumulation_on_two_ranks(tiny_models, records, tmp_path):
+def test_accumulation_on_two_ranks(launch, tiny_models, records, tmp_path):
     """2 ranks x 2 records x 2 micro-batches are one process's 8 records; 5 generated rows on 2 ranks. Qwen2.5-VL."""
     tiny = tiny_models["qwen2_5_vl"]
     options = ["--eval_generate_samples", "5", "--metric_for_best_model", "glyph_f1"]  # rendered by one rank only
-    launch(1, 8, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1", *options)
-    launch(2, 2, tiny, records, tmp_path / "two", *options)
+    train_on(launch, 1, 8, tiny, records, tmp_path / "one", "--gradient_accumulation_steps", "1", *options)
+    train_on(launch, 2, 2, tiny, records, tmp_path / "two", *options)
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for key, count in {"loss": 6, "eval_glyph_f1": 2, "eval_render_rate": 2}.items():
         found = {name: [row[key] for row in rows if key in row] for name, rows in (("one", one), ("two", two))}
         assert len(found["one"]) == count and found["two"] == pytest.approx(found["one"], rel=2e-5), key
 
 
-def test_two_nodes_equal_one_process(config, tiny, records, tmp_path):
+def test_two_nodes_equal_one_process(python, config, tiny, records, tmp_path):
     """Two launchers that meet at a port, as on two machines, with one rank each; they share the output folder."""
     options = {"max_steps": 3, "gradient_accumulation_steps": 1, "lora_r": 8, "lora_dropout": 0, "logging_steps": 1,
                "learning_rate": 1e-3, "dataloader_num_workers": 0, "max_new_tokens": 8}  # fmt: skip
@@ -96,9 +91,10 @@ def test_two_nodes_equal_one_process(config, tiny, records, tmp_path):
         port = str(free.getsockname()[1])
     nodes = [
         subprocess.Popen(
-            [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
+            [python, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank",
              str(rank), "--master_addr", "127.0.0.1", "--master_port", port, *train_words],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python},
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         )
         for rank in (0, 1)
     ]  # fmt: skip
@@ -113,7 +109,7 @@ def test_two_nodes_equal_one_process(config, tiny, records, tmp_path):
     assert {"adapter_model.safetensors", "rng_state_0.pth", "rng_state_1.pth"} <= names
 
 
-def test_two_ranks_stop_together(tiny, records, tmp_path):
+def test_two_ranks_stop_together(python, tiny, records, tmp_path):
     """SIGTERM to one rank only: both leave after the same step, with one checkpoint."""
     import signal
     import time
@@ -126,7 +122,7 @@ def test_two_ranks_stop_together(tiny, records, tmp_path):
         "--use_cpu", "--max_steps", "500", "--logging_steps", "1", "--dataloader_num_workers", "0",
         "--swanlab_mode", "disabled", "--save_strategy", "no",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHON_EXEC": python}
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     deadline = time.monotonic() + 120
     while not (tmp_path / METRICS_FILE).is_file() and time.monotonic() < deadline:
@@ -139,15 +135,15 @@ def test_two_ranks_stop_together(tiny, records, tmp_path):
     assert (checkpoint / "latexocr.json").is_file() and (checkpoint / "rng_state_1.pth").is_file()
 
 
-def test_two_ranks_equal_one_process_with_every_variant(tiny, records, config, tmp_path):
+def test_two_ranks_equal_one_process_with_every_variant(launch, tiny, records, config, tmp_path):
     """PiSSA, DoRA, LoRA+, new tokens and rates of parts, together."""
     options = {"lora_init": "pissa", "use_dora": True, "loraplus_lr_ratio": 4, "new_tokens": [r"\frac"],
                "max_steps": 3, "gradient_accumulation_steps": 1, "lora_components": ["attention", "merger"],
                "learning_rates": {"new_tokens": 1e-2, "merger": 1e-4}}  # fmt: skip
     train(config(per_device_train_batch_size=10, lora_r=64, output_dir=str(tmp_path / "one"), **options))
     (tmp_path / "options.yaml").write_text(yaml.safe_dump({**options, "eval_strategy": "no"}))
-    launch(2, 5, tiny, records, tmp_path / "two", "--config", str(tmp_path / "options.yaml"),
-           "--gradient_accumulation_steps", "1")  # fmt: skip
+    train_on(launch, 2, 5, tiny, records, tmp_path / "two", "--config", str(tmp_path / "options.yaml"),
+             "--gradient_accumulation_steps", "1")  # fmt: skip
     one, two = (read_metrics(tmp_path / name / "metrics.jsonl") for name in ("one", "two"))
     for key in ("loss", "grad_norm"):
         found = [[row[key] for row in rows if key in row] for rows in (one, two)]

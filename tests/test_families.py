@@ -8,10 +8,7 @@ positions, flattened = padded (test_flatten), fused = stock, checkpointed = not 
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -183,7 +180,7 @@ def test_gradients_are_where_they_should_be(model_type, tiny_models, batch_of):
 
 
 @pytest.mark.slow
-def test_two_ranks(tiny_models, config, tmp_path):
+def test_two_ranks(launch, tiny_models, config, tmp_path):
     """2 ranks of 2 records = one process of 4, adapters everywhere; ERNIE with experts and router loss. The families
     that test_distributed does not know."""
     runs = []
@@ -200,10 +197,7 @@ def test_two_ranks(tiny_models, config, tmp_path):
     code = "import json, sys; from latexocr.train import TrainConfig, train\n" \
            "for run in json.load(open(sys.argv[1])): train(TrainConfig(**run))"  # fmt: skip
     (tmp_path / "two.py").write_text(code)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", str(tmp_path / "two.py")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*command, str(tmp_path / "runs.json")], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
+    launch(tmp_path / "two.py", tmp_path / "runs.json", ranks=2)
     for model_type in MODEL_TYPES[2:]:
         # the router loss is a product of means over a micro-batch: not the same for every split
         tolerance = 0.02 if model_type == ERNIE else 2e-5

@@ -5,11 +5,10 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 
 import pytest
-from conftest import MODEL_TYPES, ROOT
+from conftest import MODEL_TYPES, ROOT, launch_by, warm_python
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 CODE = """
@@ -189,17 +188,17 @@ FUSED = {
 }
 
 
-def run(code: str, *words: object) -> dict:
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Iterator[Callable[..., dict]]:
+    """Runs code with Triton's interpreter, which is chosen when Triton is imported, and reads what it prints."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path}
-    command = [sys.executable, "-c", code, *map(str, words)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    environment = {"TRITON_INTERPRET": "1", "PYTHONPATH": path}
+    with warm_python(tmp_path_factory.mktemp("triton"), **environment) as python:
+        yield lambda code, *words: json.loads(launch_by(python, "-c", code, *words, **environment).stdout)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_fused_layers_equal_stock(model_type, tiny_models, records):
+def test_fused_layers_equal_stock(run, model_type, tiny_models, records):
     """Loss and every gradient, adapters on all components and norms trained too."""
     found = run(MODEL_CODE, tiny_models[model_type], records["train"])
     assert found["names"] and found["fused"] == FUSED[model_type], found
@@ -208,7 +207,7 @@ def test_fused_layers_equal_stock(model_type, tiny_models, records):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES[:3])  # half a minute each; the others have no layers of their own
-def test_fused_layers_under_autocast(model_type, tiny_models, records):
+def test_fused_layers_under_autocast(run, model_type, tiny_models, records):
     """Full training: float32 weights, 16-bit arithmetic. Fused layers lose hardly more precision than stock ones."""
     found = run(AUTOCAST_CODE, tiny_models[model_type], records["train"])
     exact, stock, fused = found["losses"]
@@ -217,7 +216,7 @@ def test_fused_layers_under_autocast(model_type, tiny_models, records):
     assert found["types"] == ["torch.float32"]
 
 
-def test_kernels_equal_plain_pytorch():
+def test_kernels_equal_plain_pytorch(run):
     errors = run(CODE)
     assert len(errors) == 15 + 3 * (importlib.util.find_spec("bitsandbytes") is not None)
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}

@@ -77,19 +77,20 @@ def test_its_commands_parse(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
 @pytest.mark.skipif(not (BASE / "config.json").is_file(), reason="the base model, data/base, is not in this checkout")
 def test_the_base_model_learns_pencil(tmp_path):
-    """The adaptation of the quickstart. Measured: edit distance from 0.68 to 0.19, exact match from 3% to 35%."""
+    """The adaptation of the quickstart in 48 of its steps, which take a minute, judged on half of its pictures.
+    Measured: edit distance from 0.72 to 0.22, exact match from 0% to 35%."""
     from latexocr.csv2json import csv2json
     from latexocr.evaluate import evaluate
     from latexocr.train import TrainConfig, train
 
-    csv2json(PENCIL / "data.csv", tmp_path / "train.json", tmp_path / "val.json", val_size=80)
+    csv2json(PENCIL / "data.csv", tmp_path / "train.json", tmp_path / "val.json", val_size=40)
     options = {"max_new_tokens": 64, "pictures": False, "device": "cpu"}
     before = evaluate(str(BASE), tmp_path / "val.json", tmp_path / "before", **options).metrics
     settings = yaml.safe_load((ROOT / "scripts/quickstart.yaml").read_text(encoding="utf-8"))
-    changes = {"model_name_or_path": str(BASE), "swanlab_mode": "disabled", "use_cpu": True, "disable_tqdm": True}
+    changes = {"model_name_or_path": str(BASE), "swanlab_mode": "disabled", "use_cpu": True, "disable_tqdm": True,
+               "max_steps": 48}  # fmt: skip
     adapter = train(
         TrainConfig(
             **{**settings, **changes}, train_json=str(tmp_path / "train.json"), val_json=str(tmp_path / "val.json"),

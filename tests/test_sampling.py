@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -176,21 +173,17 @@ def test_options_that_do_not_go_together(config):
 
 
 @pytest.mark.slow
-def test_two_real_ranks(tiny, records, tmp_path):
+def test_two_real_ranks(launch, tiny, records, tmp_path):
     """An epoch in one step, as one micro-batch and as two or three on each of two gloo ranks: equal losses."""
     for ranks, tokens, accumulation in ((1, 10**6, 1), (2, 700, 16)):
         output = tmp_path / str(ranks)
-        arguments = [
-            str(ROOT / "scripts/train.py"), "--model_name_or_path", str(tiny), "--train_json", str(records["train"]),
-            "--output_dir", str(output), "--use_cpu", "--num_train_epochs", "2", "--max_tokens_per_batch", str(tokens),
-            "--gradient_accumulation_steps", str(accumulation), "--logging_steps", "1", "--lora_dropout", "0",
-            "--save_strategy", "no", "--learning_rate", "1e-3", "--dataloader_num_workers", "1",
-            "--swanlab_mode", "disabled",
-        ]  # fmt: skip
-        start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr[-3000:]
+        launch(
+            ROOT / "scripts/train.py", "--model_name_or_path", tiny, "--train_json", records["train"],
+            "--output_dir", output, "--use_cpu", "--num_train_epochs", 2, "--max_tokens_per_batch", tokens,
+            "--gradient_accumulation_steps", accumulation, "--logging_steps", 1, "--lora_dropout", 0,
+            "--save_strategy", "no", "--learning_rate", 1e-3, "--dataloader_num_workers", 1,
+            "--swanlab_mode", "disabled", ranks=ranks,
+        )  # fmt: skip
     one, two = (losses(tmp_path / name) for name in ("1", "2"))
     assert len(one) == len(two) == 2
     assert two == pytest.approx(one, rel=2e-5)

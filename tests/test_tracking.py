@@ -605,15 +605,15 @@ print("done")
 """
 
 
-def run_program(tmp_path: Path, stop: str, *, before: str = "pass") -> subprocess.CompletedProcess:
+def run_program(python: str, tmp_path: Path, stop: str, *, before: str = "pass") -> subprocess.CompletedProcess:
     program = PROGRAM.format(tests=str(Path(__file__).parent), stop=stop, before=before)
-    command = [sys.executable, "-c", program, str(tmp_path / "out")]
+    command = [python, "-c", program, str(tmp_path / "out")]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @needs_dashboard
 @pytest.mark.slow
-def test_after_kill_9_the_numbers_are_complete_and_the_run_has_crashed(tmp_path):
+def test_after_kill_9_the_numbers_are_complete_and_the_run_has_crashed(python, tmp_path):
     # Until SwanLab has started, its logs wait in the memory that is killed here; metrics.jsonl never waits.
     # The fork is a data-loader worker that outlives the trainer and holds the pipe to SwanLab open.
     stop = """
@@ -623,7 +623,7 @@ def test_after_kill_9_the_numbers_are_complete_and_the_run_has_crashed(tmp_path)
             if os.fork() == 0:
                 os.close(1), os.close(2), time.sleep(40), os._exit(0)
             os.kill(os.getpid(), signal.SIGKILL)"""
-    assert run_program(tmp_path, stop).returncode == -signal.SIGKILL
+    assert run_program(python, tmp_path, stop).returncode == -signal.SIGKILL
     rows = read_metrics(tmp_path / "out")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, 50))  # 50 is logged after on_step_end
     deadline = time.monotonic() + 30
@@ -640,8 +640,8 @@ NO_ROOM = "resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"  # no file can gro
 @needs_dashboard
 @pytest.mark.slow
 @pytest.mark.parametrize(("before", "stop", "num_logs"), [("pass", NO_ROOM, 49), (NO_ROOM, "pass", 0)])
-def test_training_outlives_a_full_disk(tmp_path, before, stop, num_logs):
-    result = run_program(tmp_path, stop, before=before)
+def test_training_outlives_a_full_disk(python, tmp_path, before, stop, num_logs):
+    result = run_program(python, tmp_path, stop, before=before)
     assert result.returncode == 0 and result.stdout.strip().endswith("done"), result.stderr
     assert "Traceback" not in result.stderr
     assert result.stderr.count("metrics.jsonl cannot be written ([Errno 27] File too large)") == 1

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -170,23 +167,16 @@ def test_a_signal_before_step_one_ends_the_start(config, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_two_real_ranks(tiny, records, tmp_path):
+def test_two_real_ranks(launch, tiny, records, tmp_path):
     """Each gloo rank computes half of the features and reads those of the other: the losses of one process."""
-    launch(1, tiny, records["train"], tmp_path / "one", "--per_device_train_batch_size", "10")
-    launch(2, tiny, records["train"], tmp_path / "two", "--per_device_train_batch_size", "5")
+    for ranks, batch, name in ((1, 10, "one"), (2, 5, "two")):
+        launch(
+            ROOT / "scripts/train.py", "--model_name_or_path", tiny, "--train_json", records["train"],
+            "--output_dir", tmp_path / name, "--use_cpu", "--num_train_epochs", 2, "--cache_vision_features", "true",
+            "--gradient_accumulation_steps", 1, "--logging_steps", 1, "--lora_dropout", 0, "--learning_rate", 1e-3,
+            "--dataloader_num_workers", 1, "--swanlab_mode", "disabled", "--save_strategy", "no",
+            "--per_device_train_batch_size", batch, ranks=ranks,
+        )  # fmt: skip
     one, two = (values(tmp_path / name) for name in ("one", "two"))
     assert len(one) == 6 and two == pytest.approx(one, rel=2e-5)
     assert not list(tmp_path.glob("*/vision_features"))
-
-
-def launch(ranks: int, tiny: Path, records: Path, output: Path, *extra: str) -> None:
-    arguments = [
-        str(ROOT / "scripts/train.py"), "--model_name_or_path", str(tiny), "--train_json", str(records),
-        "--output_dir", str(output), "--use_cpu", "--num_train_epochs", "2", "--cache_vision_features", "true",
-        "--gradient_accumulation_steps", "1", "--logging_steps", "1", "--lora_dropout", "0", "--learning_rate",
-        "1e-3", "--dataloader_num_workers", "1", "--swanlab_mode", "disabled", "--save_strategy", "no", *extra,
-    ]  # fmt: skip
-    start = [] if ranks == 1 else ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *start, *arguments], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-3000:]
