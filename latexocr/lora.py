@@ -26,7 +26,7 @@ from typing import Any
 
 import torch
 from peft.tuners.lora import Linear as LoraLinear
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 
 from latexocr import quantization
 
@@ -36,6 +36,7 @@ BITS = 16  # of randomness that decide about one element
 HALF = 64  # columns that far apart share one hash value: a kernel handles them together
 RANKS = (16, 32, 64, 128)  # powers of two; tiles of larger ones do not fit into a GPU's shared memory
 GOLDEN, MASK32 = 0x9E3779B1, 0xFFFFFFFF
+LOOSE_BYTES = 2**29  # that PyTorch may keep while layers are fused
 Blocks = Callable[[], Iterable[torch.Tensor]]
 
 
@@ -144,10 +145,10 @@ class _LoraLinear(torch.autograd.Function):
         grad_b = down.new_empty(sum(ctx.outs), down.shape[0] // len(ctx.outs), dtype=torch.float32)
         grad = None
         projected = x_and_down[:, num_columns:].chunk(len(ctx.outs), dim=1)
-        parts = zip(grads_y, ctx.blocks(), projected, grad_b.split(ctx.outs), strict=True)
-        for grad_y, rows, h, out in parts:
+        blocks = iter(ctx.blocks())  # not zipped: that would hold one block until the next is made
+        for grad_y, h, out in zip(grads_y, projected, grad_b.split(ctx.outs), strict=True):
             grad_y = grad_y.contiguous()
-            grad = grad_y @ rows if grad is None else grad.addmm_(grad_y, rows)
+            grad = grad_y @ next(blocks) if grad is None else grad.addmm_(grad_y, next(blocks))
             if grad_y.is_cuda and grad_y.dtype != torch.float32:
                 torch.mm(grad_y.T, h, out_dtype=torch.float32, out=out)
             else:
@@ -220,20 +221,11 @@ class QuantizedLoraGroup(LoraGroup):
 
     def blocks(self) -> Iterator[torch.Tensor]:
         for place, (base, b) in enumerate(zip(self.bases, self.up.split(self.outs), strict=True)):
-            yield _whole_beside(base, b, place * self.rank, (len(self.bases) - 1 - place) * self.rank)
+            behind = (len(self.bases) - 1 - place) * self.rank
+            yield quantization.whole_beside(base, b, before=place * self.rank, behind=behind)
 
     def places(self) -> list[torch.Tensor]:
         return [*self.down.split(self.rank), *self.up.split(self.outs)]
-
-
-def _whole_beside(base: Any, b: torch.Tensor, before: int, behind: int) -> torch.Tensor:
-    """W|0|B|0 of a layer in 4 bits, with so many columns of zeros."""
-    if takes(b):
-        from latexocr import nf4
-
-        if nf4.takes(base.weight.quant_state):
-            return nf4.whole_beside(base.weight.data, base.weight.quant_state, b, before, behind)
-    return torch.cat([quantization.weights(base, b.dtype), pad(b, (before, behind))], dim=1)
 
 
 class FusedLora:
@@ -266,6 +258,13 @@ def _groups_of() -> dict[type, type[LoraGroup]]:
     return {LoraLinear: LoraGroup, Linear4bit: QuantizedLoraGroup}
 
 
+def _group(layers: list[LoraLinear]) -> LoraGroup:
+    group = _groups_of()[type(layers[0])](layers)
+    if torch.cuda.is_available() and torch.cuda.memory_reserved() - torch.cuda.memory_allocated() > LOOSE_BYTES:
+        torch.cuda.empty_cache()  # what W|B was made of is a little too small for the next one
+    return group
+
+
 class FusedLoras:
     """All LoRA layers of a model, turned into `FusedLora`.
 
@@ -276,7 +275,7 @@ class FusedLoras:
     def __init__(self, model: torch.nn.Module) -> None:
         fused = [module.group[0] for module in model.modules() if isinstance(module, FusedLora) and module.place == 0]
         new = _layers_by_input(model)
-        self._groups = [*fused, *(_groups_of()[type(layers[0])](layers) for layers in new)]
+        self._groups = [*fused, *map(_group, new)]
         sizes = [len(group.seeds) for group in self._groups]
         self._seeds = torch.zeros(sum(sizes), dtype=torch.long, device=next(model.parameters()).device)
         for group, seeds in zip(self._groups, self._seeds.split(sizes), strict=True):

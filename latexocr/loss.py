@@ -7,12 +7,15 @@ logits are overwritten by their own gradient.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import torch
-from torch.nn.functional import cross_entropy, linear
+from torch.nn.functional import cross_entropy
 
 from latexocr.preprocess import IGNORED
+from latexocr.quantization import whole_beside
 
 CHUNK_ELEMENTS = 2**26  # logits held at a time: 128 MiB in bfloat16
 
@@ -76,17 +79,19 @@ class _HeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, scale: torch.Tensor
+        ctx: Any, hidden: torch.Tensor, head: LossHead, targets: torch.Tensor, scale: torch.Tensor
     ) -> torch.Tensor:
-        hidden = hidden.to(weight.dtype)
-        rows = max(1, CHUNK_ELEMENTS // len(weight))
+        hidden = hidden.to(head.computes_in)
+        rows = max(1, CHUNK_ELEMENTS // head.out_features)
         grad, total = torch.empty_like(hidden), torch.zeros((), device=hidden.device)
-        for start in range(0, len(hidden), rows):
-            part = slice(start, start + rows)
-            logits = linear(hidden[part], weight)
-            total += cross_entropy_in_place(logits, targets[part], scale).sum()
+        for chunk, grad_chunk in zip(hidden.split(rows), grad.split(rows), strict=True):
+            logits = hidden.new_empty(len(chunk), head.out_features)
+            for part, weight in head.slices():
+                torch.mm(chunk, weight.T, out=logits[:, part])
+            here, targets = targets[: len(chunk)], targets[len(chunk) :]
+            total += cross_entropy_in_place(logits, here, scale).sum()
             if ctx.needs_input_grad[0]:
-                torch.mm(logits, weight, out=grad[part])
+                grad_chunk.copy_(sum((logits[:, part] @ weight).float() for part, weight in head.slices()))
         ctx.save_for_backward(grad)
         return total * scale
 
@@ -96,21 +101,21 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def head_loss(
-    hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int
+    hidden: torch.Tensor, head: LossHead, targets: torch.Tensor, num_items_in_batch: torch.Tensor | int
 ) -> torch.Tensor:
-    """`supervised_loss` from the input of a frozen head without bias.
+    """`supervised_loss` from the input of a frozen head without bias, which gets no gradient.
 
     Args:
         hidden: (batch, columns, width).
-        weight: (vocabulary, width); gets no gradient.
+        head: see `detach_head`.
         targets: (batch * columns,), see `supervised_targets`.
         num_items_in_batch: as in `supervised_loss`.
     """
     scale = 1.0 / torch.as_tensor(num_items_in_batch, dtype=torch.float32, device=hidden.device).clamp(min=1)
-    return _HeadLoss.apply(hidden.flatten(0, 1), weight, targets, scale)
+    return _HeadLoss.apply(hidden.flatten(0, 1), head, targets, scale)
 
 
-class LossHead(torch.nn.Linear):
+class LossHead:
     """A frozen `lm_head` that hands its input on in training, where the loss is computed by `head_loss`.
 
     Made by `detach_head`, never constructed.
@@ -119,13 +124,35 @@ class LossHead(torch.nn.Linear):
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         return hidden if self.training else super().forward(hidden)
 
+    @property
+    def computes_in(self) -> torch.dtype:
+        """The type of its products."""
+        return self.weight.dtype if self.weight.is_floating_point() else self.compute_dtype
 
-def detach_head(model: Any) -> torch.Tensor | None:
-    """Turn the output layer of `model` into a `LossHead` and return its weight; None where that is not possible."""
+    def slices(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Places in the vocabulary, and the weights (tokens, width) there: all at once, or made whole one by one."""
+        if self.weight.is_floating_point():
+            yield slice(0, self.out_features), self.weight
+            return
+        rows = CHUNK_ELEMENTS // self.in_features
+        for start in range(0, self.out_features, rows):
+            part = slice(start, min(start + rows, self.out_features))
+            nothing = torch.empty(part.stop - start, 0, dtype=self.computes_in, device=self.weight.device)
+            yield part, whole_beside(self, nothing, rows=part)
+
+
+@cache
+def _loss_head(kind: type) -> type:
+    return type(f"Loss{kind.__name__}", (LossHead, kind), {"__module__": __name__})
+
+
+def detach_head(model: Any) -> LossHead | None:
+    """Turn the output layer of `model` into a `LossHead`; None where that is not possible."""
     head = model.get_output_embeddings()
-    if type(head) is LossHead:  # a second trainer on the same model
-        return head.weight
-    if type(head) is not torch.nn.Linear or head.bias is not None or head.weight.requires_grad:
+    if isinstance(head, LossHead):  # a second trainer on the same model
+        return head
+    usual = type(head) is torch.nn.Linear or type(head).__name__ == "Linear4bit"  # bitsandbytes may not be there
+    if not usual or head.bias is not None or head.weight.requires_grad:
         return None
-    head.__class__ = LossHead
-    return head.weight
+    head.__class__ = _loss_head(type(head))
+    return head

@@ -10,7 +10,7 @@ import json
 import logging
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -269,8 +269,8 @@ def load_base(
     if quantization:
         check_whole(folder, "quantization")
         check_installed(f"{folder} in {quantization.bits} bits")
-        targets = family_in(folder).target_regex(list(quantization.parts))
-        options |= loading_options(quantization, _without_weights(folder, trust_remote_code), targets, dtype)
+        shape = _without_weights(folder, trust_remote_code)
+        options |= loading_options(quantization, shape, _to_round(shape, family_in(folder), quantization.parts), dtype)
     elif stored == PACKAGE:
         check_installed(f"{folder}, stored in 4 or 8 bits,", "take the whole checkpoint")
     if quantization or stored:
@@ -292,6 +292,21 @@ def load_base(
             _say_what_is_rounded(model, quantization)
         return _dequantized(model, dtype) if whole and stored else model
     return model if device is None else model.to(device)
+
+
+def _to_round(shape: PreTrainedModel, family: Family, parts: Sequence[str]) -> str:
+    """The expression of the linear layers in these parts.
+
+    Raises:
+        InputError: the head is among them, and it is the table of embeddings as well.
+    """
+    layers = [part for part in parts if part != "head"]
+    targets = [family.target_regex(layers)] if layers else []
+    if "head" in parts:
+        if shape.get_output_embeddings().weight is shape.get_input_embeddings().weight:
+            raise InputError("quantized_parts: the head of this model is its table of embeddings, too; leave head out")
+        targets.append(r"\.lm_head")
+    return "|".join(targets)
 
 
 def _say_what_is_rounded(model: PreTrainedModel, quantization: Quantization) -> None:

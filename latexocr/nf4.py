@@ -44,9 +44,9 @@ def _scale(block, inside, scales, table, coarse, offset):
     return fine * tl.load(coarse + block // 256, mask=inside, other=0.0) + tl.load(offset)
 
 
-@triton.jit(do_not_specialize=["before", "behind"])
+@triton.jit(do_not_specialize=["first", "before", "behind"])
 def _whole_kernel(
-    packed, table, scales, scale_table, coarse, offset, b, out, num_rows, num_columns, before, rank, behind,
+    packed, table, scales, scale_table, coarse, offset, b, out, first, num_rows, num_columns, before, rank, behind,
     ALIGNED: tl.constexpr, BLOCK: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)[:, None]
@@ -57,15 +57,15 @@ def _whole_kernel(
     if start < num_columns:
         pairs = start // 2 + tl.arange(0, BN // 2)[None, :]
         inside = (rows < num_rows) & (2 * pairs < num_columns)
-        byte = tl.load(packed + (rows * num_columns) // 2 + pairs, mask=inside, other=0).to(tl.int32)
+        weights = (first + rows) * num_columns
+        byte = tl.load(packed + weights // 2 + pairs, mask=inside, other=0).to(tl.int32)
         if ALIGNED:  # rows begin with a block: each scale is worked out once
             blocks = start // BLOCK + tl.arange(0, BN // BLOCK)[None, :]
             known = (rows < num_rows) & (blocks * BLOCK < num_columns)
-            scale = _scale(rows * (num_columns // BLOCK) + blocks, known, scales, scale_table, coarse, offset)
+            scale = _scale(weights // BLOCK + blocks, known, scales, scale_table, coarse, offset)
             scale = tl.broadcast_to(scale[:, :, None], (BM, BN // BLOCK, BLOCK // 2)).reshape(BM, BN // 2)
         else:
-            block = (rows * num_columns + 2 * pairs) // BLOCK
-            scale = _scale(block, inside, scales, scale_table, coarse, offset)
+            scale = _scale((weights + 2 * pairs) // BLOCK, inside, scales, scale_table, coarse, offset)
         values = tl.interleave(_looked_up(byte >> 4, table) * scale, _looked_up(byte & 15, table) * scale)
         columns = start + lane
         valid = (rows < num_rows) & (columns < num_columns)
@@ -86,21 +86,23 @@ def takes(state: Any) -> bool:
     )  # fmt: skip
 
 
-def whole_beside(packed: torch.Tensor, state: Any, b: torch.Tensor, before: int, behind: int) -> torch.Tensor:
-    """W|0|B|0 (out, in + before + r + behind) in the type of `b`.
+def whole_beside(
+    packed: torch.Tensor, state: Any, b: torch.Tensor, before: int, behind: int, first: int = 0
+) -> torch.Tensor:
+    """W|0|B|0 (rows, in + before + r + behind) in the type of `b`.
 
     Args:
         packed: the bytes of W (out, in).
         state: its `bitsandbytes.functional.QuantState`, see `takes`.
-        b: (out, r), contiguous.
+        b: (rows, r), contiguous.
         before: columns of zeros between W and B.
         behind: columns of zeros after B.
+        first: row of W that stands beside the first of B.
     """
-    num_rows, num_columns = state.shape
-    rank, scales = b.shape[1], state.state2
+    (num_rows, rank), num_columns, scales = b.shape, state.shape[1], state.state2
     out = b.new_empty(num_rows, num_columns + before + rank + behind)
     _whole_kernel[(triton.cdiv(num_rows, ROWS), triton.cdiv(num_columns, COLUMNS) + 1)](
-        packed, state.code, state.absmax, scales.code, scales.absmax, state.offset, b, out, num_rows, num_columns,
-        before, rank, behind, ALIGNED=num_columns % BLOCK == 0, BLOCK=BLOCK, BM=ROWS, BN=COLUMNS, num_warps=4,
+        packed, state.code, state.absmax, scales.code, scales.absmax, state.offset, b, out, first, num_rows,
+        num_columns, before, rank, behind, ALIGNED=num_columns % BLOCK == 0, BLOCK=BLOCK, BM=ROWS, BN=COLUMNS, num_warps=4,
     )  # fmt: skip
     return out

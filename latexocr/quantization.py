@@ -20,7 +20,7 @@ from latexocr.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-ROUNDABLE = ("language", "vision", "merger")
+ROUNDABLE = ("language", "vision", "merger", "head")
 SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little to be had in exchange for accuracy
 PACKAGE = "bitsandbytes"
 INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
@@ -32,7 +32,7 @@ class Quantization:
 
     Args:
         bits: 4 (NF4 with double quantisation) or 8 (LLM.int8).
-        parts: of the model whose linear layers are rounded: language, vision, merger.
+        parts: of the model whose linear layers are rounded: language, vision, merger, head.
     """
 
     bits: Literal[4, 8] = 4
@@ -65,7 +65,7 @@ def loading_options(
     Args:
         quantization: which parts, how.
         shape: the model without its weights (on the meta device).
-        targets: expression of the linear layers to round (`Family.target_regex` of the parts).
+        targets: expression of the linear layers to round.
         dtype: in which the layers compute.
     """
     from transformers import BitsAndBytesConfig
@@ -108,6 +108,30 @@ def settle(model: Any, dtype: torch.dtype) -> None:
         if hasattr(module, "compute_dtype") and hasattr(module, "quant_state"):
             module.compute_dtype, module.compute_type_is_set = dtype, True
             module.support_avx512bf16_for_cpu = False
+
+
+def whole_beside(
+    layer: Any, b: torch.Tensor, *, before: int = 0, behind: int = 0, rows: slice | None = None
+) -> torch.Tensor:
+    """W|0|B|0 (rows, in + before + r + behind) of a 4-bit layer, in the type of B.
+
+    Args:
+        layer: of bitsandbytes.
+        b: (rows, r) what stands beside the layer's weights; r may be 0.
+        before: columns of zeros between W and B.
+        behind: columns of zeros after B.
+        rows: of W (default: all).
+    """
+    import torch
+    from torch.nn.functional import pad
+
+    rows = rows or slice(0, layer.out_features)
+    if b.is_cuda and importlib.util.find_spec("triton"):
+        from latexocr import nf4
+
+        if nf4.takes(layer.weight.quant_state):
+            return nf4.whole_beside(layer.weight.data, layer.weight.quant_state, b, before, behind, rows.start)
+    return torch.cat([weights(layer, b.dtype)[rows], pad(b, (before, behind))], dim=1)
 
 
 def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:

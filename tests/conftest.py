@@ -64,6 +64,20 @@ def write_records(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
+def untied(tiny: Path, folder: Path) -> Path:
+    """A base whose head has weights of its own, as those of 7B and above."""
+    import torch
+
+    from latexocr.modeling import load_base, load_processor
+
+    model = load_base(tiny, dtype=torch.float32)
+    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
+    model.save_pretrained(folder, save_original_format=True)
+    load_processor(tiny).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def records(tmp_path_factory) -> dict[str, Path]:
     """train.json of 24 and val.json of 7 bundled formulas."""

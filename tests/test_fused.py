@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import MODEL_TYPES
@@ -198,12 +200,18 @@ def test_masks_have_the_right_share_and_differ():
     assert torch.equal(first, keep_mask(1000, 256, seeds[0], round(0.05 * 2**16)))
 
 
+def head_of(weight: torch.Tensor):
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False).requires_grad_(False)
+    layer.weight.data = weight
+    return detach_head(SimpleNamespace(get_output_embeddings=lambda: layer))
+
+
 def test_head_loss_equals_loss_over_logits(monkeypatch):
     monkeypatch.setattr("latexocr.loss.CHUNK_ELEMENTS", 40)  # four rows of ten a chunk
     torch.manual_seed(0)
     weight, targets = torch.randn(10, 6), torch.tensor([3, -100, 0, 9, 9, -100, 2])
     ours, theirs = (torch.randn(1, 7, 6, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in "ab")
-    found = head_loss(ours, weight, targets, 4)
+    found = head_loss(ours, head_of(weight), targets, 4)
     wanted = supervised_loss(theirs @ weight.T, targets, 4)
     (found * 3).backward()
     (wanted * 3).backward()
@@ -214,7 +222,7 @@ def test_head_loss_equals_loss_over_logits(monkeypatch):
 def test_a_batch_without_supervised_tokens_costs_nothing():
     hidden, weight = torch.randn(1, 2, 6), torch.randn(10, 6)
     nothing = torch.tensor([-100, -100])
-    assert head_loss(hidden, weight, nothing, 0).item() == 0
+    assert head_loss(hidden, head_of(weight), nothing, 0).item() == 0
     assert supervised_loss(hidden @ weight.T, nothing, 0).item() == 0
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import SAMPLE
+from conftest import SAMPLE, untied
 from safetensors.torch import load_file
 
 from latexocr.config import OUR_NAMES, TrainOptions, parse_train_arguments, typed_values
@@ -205,16 +205,6 @@ def test_rates_from_the_command_line_and_from_yaml(config, tmp_path):
     for value in ("vision", {"vision": "fast"}, 3):
         with pytest.raises(InputError, match=r"option 'learning_rates' is .*, needs names with numbers \(name=0.1"):
             typed_values(TrainOptions, {"learning_rates": value})
-
-
-def untied(tiny: Path, folder: Path) -> Path:
-    """A base whose head has weights of its own, as those of 7B and above."""
-    model = load_base(tiny, dtype=torch.float32)
-    model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
-    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.flip(0))
-    model.save_pretrained(folder, save_original_format=True)
-    load_processor(tiny).save_pretrained(folder)
-    return folder
 
 
 WORDS = [r"\frac", r"\alpha_{new}", "~~never~~"]
