@@ -552,6 +552,7 @@ class _Worker:
         """Until the worker has finished its run and ended."""
         self._process.stdin.close()
         self._process.wait()
+        self._reader.join(5)  # what it said last; bounded, because a fork of it may hold the pipe open
 
     def _read(self) -> None:
         for line in self._process.stdout:

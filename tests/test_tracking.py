@@ -567,6 +567,22 @@ def test_an_exception_of_swanlab_is_one_warning(tmp_path, monkeypatch, caplog):
     assert warnings == ["SwanLab: RuntimeError: no space left"]
 
 
+def test_the_last_words_of_swanlab_are_heard(tmp_path, monkeypatch, caplog):
+    """Read when its process has ended already, as on a machine that is busy."""
+
+    def read_late(line: str) -> dict | None:
+        time.sleep(0.5)
+        return parse_line(line)
+
+    parse_line = tracking.parse_line
+    monkeypatch.setattr(tracking, "parse_line", read_late)
+    broken = FAKE_SWANLAB + "\ndef log(values, step): raise RuntimeError('no space left')\n"
+    fake_swanlab(tmp_path, monkeypatch, broken)
+    with track(name="a", log_dir=tmp_path, config={}, mode="offline") as tracker:
+        tracker.log({"train/loss": 1.0}, 1)
+    assert "SwanLab: RuntimeError: no space left" in caplog.text
+
+
 def test_a_queue_that_is_full_drops_and_counts(tmp_path, monkeypatch, caplog):
     fake_swanlab(tmp_path, monkeypatch, "import time; time.sleep(60)")
     monkeypatch.setattr(tracking, "MAX_WAITING_MESSAGES", 10)
