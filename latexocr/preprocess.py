@@ -152,6 +152,11 @@ class Preprocessor:
         return self.empty_thinking and not self.family.empty_reasoning
 
     @cached_property
+    def begins_thought(self) -> bool:
+        """Whether the chat template opens a thought in the prompt, as those of thinking models do."""
+        return self._prompt_text.rstrip().endswith("<think>")
+
+    @cached_property
     def blank(self) -> dict[str, torch.Tensor]:
         """The smallest picture with the prompt and nothing supervised, for batches that show nothing.
 
