@@ -400,7 +400,7 @@ def test_preview_shows_conversations_and_doctor_refuses_them(folder, tiny):
     text = preview(path, str(tiny), output_dir=folder / "seen")
     assert "t.jsonl record 2: " in text and "⟦y<|im_end|>⟧" in text
     assert sorted(file.name for file in (folder / "seen").iterdir()) == ["0.png", "1.png", "1_2.png", "3.png"]
-    with pytest.raises(InputError, match=r"t\.jsonl record 0 .*: doctor looks at pictures of formulas"):
+    with pytest.raises(InputError, match=r"t\.jsonl record 1 .*: doctor compares pictures with their LaTeX"):
         doctor(path)
 
 
