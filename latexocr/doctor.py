@@ -168,7 +168,8 @@ def doctor(
     """Look for what harms a training: bad pictures, bad texts, contradictions, leakage and outliers.
 
     Args:
-        data: train.json, data.csv, or another local file, folder or pattern that data2csv reads, such as '*.parquet'.
+        data: train.json, data.csv, or another local file, folder or pattern that data2csv reads, such as '*.parquet';
+            of conversations those of one picture, one question and one answer.
         val_data: validation data, likewise; adds the search for what stands on both sides.
         html: file for a report with pictures.
         json: file for a report with every case.
@@ -243,10 +244,12 @@ def _entries(path: Path) -> Iterator[tuple[str, Encoded, str]]:
         raise InputError(f"{path}: no such file or folder; a hub's data set is brought here by `latexocr data2csv`")
     if path.suffix == ".json" or (path.suffix == ".jsonl" and _holds_records(path)):
         for record in read_records(path):
-            if not record.plain:
+            roles = [turn.role for turn in record.turns if turn.role != "system"]
+            if roles != ["user", "assistant"] or [media.kind for media in record.media] != ["image"]:
                 raise InputError(
-                    f"{record.where}: doctor looks at pictures of formulas with their LaTeX, this is a conversation; "
-                    "see `latexocr preview` for it"
+                    f"{record.where}: doctor compares pictures with their LaTeX, one of each a row, this shows "
+                    f"{len(record.media)} and has the turns {', '.join(roles)}; leave it out here: `latexocr preview` "
+                    "shows it, and training refuses media and texts that it cannot use before it starts"
                 )
             content = record.media[0].load(record.where)
             yield record.where, content if isinstance(content, bytes) else str(content), record.text

@@ -8,22 +8,22 @@ raises it to the power that training's validation has found (`confidence_exponen
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, compress, takewhile
 from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, TextIteratorStreamer
 
 from latexocr.decoding import Answer, Decoder, Normalise
 from latexocr.formats import Record
 from latexocr.preprocess import Preprocessor
 
-THOUGHT_END = "</think>"  # what stands before is reasoning, no answer
+THOUGHT = "<think>", "</think>"  # what stands between is reasoning, no answer
 
 
 @dataclass(frozen=True)
@@ -94,19 +94,59 @@ def generate(
     )
     sizes = ((len(batch["input_ids"]), batch.get("num_samples")) for batch in batches)
     asked = [number is None or at < number for size, number in sizes for at in range(size)]  # not the collator's blank
-    thought_end = tokenizer.added_tokens_encoder.get(THOUGHT_END)
+    skipped = _unprinted(tokenizer)
     answers = []
-    for row, loss in itertools.compress(rows, asked):
-        ids = list(itertools.takewhile(lambda token: token not in ends, row))
+    for row, loss in compress(rows, asked):
+        ids = list(takewhile(lambda token: token not in ends, row))
         finished = len(ids) < len(row)
-        said = ids[len(ids) - ids[::-1].index(thought_end) :] if thought_end in ids else ids
         # clean_up_tokenization_spaces would eat the spaces before punctuation that LaTeX_OCR's texts have
-        text = tokenizer.decode(said, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        if len(said) < len(ids) or THOUGHT_END in text:
-            text = text.rpartition(THOUGHT_END)[2].lstrip()
+        text = tokenizer.decode([token for token in ids if token not in skipped], clean_up_tokenization_spaces=False)
+        text = "".join(answer_pieces([text], begun=preprocessor.begins_thought))
         confidence = math.exp(-loss) if finished and not math.isnan(loss) else 0.0
         answers.append(Generated(text, len(ids) + finished, finished, confidence))
     return answers
+
+
+def answer_pieces(pieces: Iterable[str], *, begun: bool) -> Iterator[str]:
+    """Leave a thought in front of an answer out, and the blanks behind it; one that never ends is all that there is.
+
+    Args:
+        pieces: of a text, as they come or as one. What may still be a thought is held back.
+        begun: whether the prompt has begun the thought already.
+
+    >>> list(answer_pieces(["<thi", "nk>hm</", "think>", "\\n", " x ", "+ y"], begun=False))
+    ['x ', '+ y']
+    """
+    opening, closing = THOUGHT
+    pieces, held = (piece for piece in pieces), ""  # a generator ends for good, a streamer would wait for more
+    for piece in pieces:
+        held += piece
+        start = held.lstrip()
+        if not begun and start[: len(opening)] != opening[: len(start)]:
+            break
+        if closing in held:
+            pieces, held = chain([held.partition(closing)[2]], pieces), ""
+            while not held and (piece := next(pieces, None)) is not None:
+                held = piece.lstrip()
+            break
+    yield from filter(None, chain([held], pieces))
+
+
+class PieceStreamer(TextIteratorStreamer):
+    """Text as `model.generate` makes it, with the marks of a thought."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_prompt=True, clean_up_tokenization_spaces=False)
+        self._skipped = torch.tensor(sorted(_unprinted(tokenizer)))
+
+    def put(self, value: torch.Tensor) -> None:
+        super().put(value[~torch.isin(value, self._skipped)])
+
+
+def _unprinted(tokenizer: Any) -> set[int]:
+    """Special tokens. Some tokenizers count the marks of a thought among them."""
+    tokens = tokenizer.added_tokens_decoder
+    return {index for index, token in tokens.items() if token.special and token.content not in THOUGHT}
 
 
 @torch.no_grad()

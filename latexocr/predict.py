@@ -248,8 +248,6 @@ class LatexOCR:
     def stream(self, image: ImageInput, *, max_new_tokens: int = 512, **sampling: Any) -> Iterator[str]:
         """Pieces of the answer as they are generated; joined they are what `__call__` returns, warnings included.
 
-        A thought in front of the answer, if the model writes one, is not left out.
-
         Args:
             image: path, bytes, PIL image or array.
             max_new_tokens: longest answer in tokens.
@@ -257,17 +255,10 @@ class LatexOCR:
         """
         import threading
 
-        from transformers import TextIteratorStreamer
-
-        from latexocr.generate import generate
+        from latexocr.generate import PieceStreamer, answer_pieces, generate
 
         config = self._generation(max_new_tokens, **{"temperature": None, "top_p": None, "min_p": None, **sampling})
-        streamer = TextIteratorStreamer(
-            self.preprocessor.processor.tokenizer,
-            skip_prompt=True,
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
+        streamer = PieceStreamer(self.preprocessor.processor.tokenizer)
         prompt = self._prompt(image)
         if prompt is None:
             logger.warning(_nothing().warning)
@@ -285,7 +276,7 @@ class LatexOCR:
 
         thread = threading.Thread(target=run, daemon=True)
         thread.start()
-        yield from (piece for piece in streamer if piece)
+        yield from answer_pieces(streamer, begun=self.preprocessor.begins_thought)
         thread.join()
         if failure:
             raise failure[0]

@@ -152,6 +152,11 @@ class Preprocessor:
         return self.empty_thinking and not self.family.empty_reasoning
 
     @cached_property
+    def begins_thought(self) -> bool:
+        """Whether the chat template opens a thought in the prompt, as those of thinking models do."""
+        return self._prompt_text.rstrip().endswith("<think>")
+
+    @cached_property
     def blank(self) -> dict[str, torch.Tensor]:
         """The smallest picture with the prompt and nothing supervised, for batches that show nothing.
 
@@ -357,14 +362,20 @@ class Preprocessor:
         return f"<think>\n{(turn.reasoning or '').strip(chr(10))}\n</think>\n\n"
 
     def _document(self, turn: Turn) -> list[tuple[str, str]]:
-        spans = [("", part) if isinstance(part, str) else (self._placeholder(part.kind), "") for part in turn.parts]
+        placeholders = iter(self._placeholders([part.kind for part in turn.parts if isinstance(part, Media)]))
+        spans = [("", part) if isinstance(part, str) else (next(placeholders), "") for part in turn.parts]
         return [*spans, ("", self.family.end_token)]
 
-    def _placeholder(self, kind: str) -> str:
-        """What the chat template writes for a picture or a video."""
+    def _placeholders(self, kinds: Sequence[str]) -> list[str]:
+        """What the chat template writes for pictures and videos, of which some templates number the pictures."""
         before, after = self._render([{"role": "user", "content": [{"type": "text", "text": "\0"}]}]).split("\0")
-        shown = self._render([{"role": "user", "content": [{"type": kind}]}])
-        return shown[len(before) : len(shown) - len(after)]
+        found, written = [], ""
+        for number in range(1, len(kinds) + 1):
+            shown = self._render([{"role": "user", "content": [{"type": kind} for kind in kinds[:number]]}])
+            whole = shown[len(before) : len(shown) - len(after)]
+            found.append(whole.removeprefix(written))
+            written = whole
+        return found
 
     def _layout(self, media: Media, record: Record) -> Layout:
         """The tokens of a picture or video, from its header."""

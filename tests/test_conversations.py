@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import re
 import threading
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -224,6 +225,25 @@ def test_thinking(folder, preprocessor, tiny):
     assert shown(empty, path, 1) == f"{asked}⟦{block}x<|im_end|>⟧"
 
 
+@pytest.mark.parametrize(
+    ("model_type", "first", "second"),
+    [("ernie4_5_vl_moe", "Picture 1:", "Picture 2:"), ("qwen2_vl", "", ""), ("paddleocr_vl", "", "")],
+)
+def test_pictures_of_a_document_are_numbered_as_in_a_conversation(folder, tiny_models, model_type, first, second):
+    """Where the chat template numbers them."""
+    preprocessor = preprocessor_of(tiny_models[model_type])
+    pictures = {"images": ["a.png", "b.png"]}
+    rows = (
+        {"text": "<image>and<image>", **pictures},
+        chat(("user", "<image><image>"), ("assistant", "x"), **pictures),
+    )
+    document, talk = read_records(write(folder, *rows))
+    document, talk = (decode_sample(preprocessor(record), preprocessor) for record in (document, talk))
+    seen = re.search(r"<\|[^>]*(?:START|start)\|>.*?(?:END|end)\|>", talk)[0]
+    assert document.startswith(f"{first}{seen}⟦and⟧{second}{seen}⟦")
+    assert f"{first}{seen}{second}{seen}Read." in talk
+
+
 BAD = {
     "no assistant": (chat(("user", "Which?")), "no assistant turn, so nothing to learn"),
     "no answer": (chat(("user", "a"), ("assistant", "b"), ("user", "c")), "ends with a user turn that nobody answers"),
@@ -380,7 +400,7 @@ def test_preview_shows_conversations_and_doctor_refuses_them(folder, tiny):
     text = preview(path, str(tiny), output_dir=folder / "seen")
     assert "t.jsonl record 2: " in text and "⟦y<|im_end|>⟧" in text
     assert sorted(file.name for file in (folder / "seen").iterdir()) == ["0.png", "1.png", "1_2.png", "3.png"]
-    with pytest.raises(InputError, match=r"t\.jsonl record 0 .*: doctor looks at pictures of formulas"):
+    with pytest.raises(InputError, match=r"t\.jsonl record 1 .*: doctor compares pictures with their LaTeX"):
         doctor(path)
 
 

@@ -268,3 +268,31 @@ def test_ink_is_found_on_grey_and_dark_paper():
 def test_noise_on_paper_is_no_ink():
     noise = Image.frombytes("L", (50, 20), bytes(235 + number % 20 for number in range(1000)))
     assert look(noise).box is None
+
+
+@pytest.mark.parametrize(
+    ("turns", "message"),
+    [
+        (("<image><image>Which?", "x"), "shows 2 and has the turns user, assistant;"),
+        (("<image>A?", "x", "B?", "y"), "shows 1 and has the turns user, assistant, user, assistant;"),
+    ],
+)
+def test_conversations_of_one_picture_and_one_answer_are_looked_at(tmp_path, turns, message):
+    """Whatever they ask; two pictures or two answers are no pair of picture and LaTeX."""
+    files = ["a.png", "b.png"]
+    for name in files:
+        picture(0).save(tmp_path / name)
+
+    def write(*rows: tuple[list[str], tuple[str, ...]]) -> None:
+        roles = ["user", "assistant"] * 2
+        messages = [
+            [{"role": role, "content": text} for role, text in zip(roles, texts, strict=False)] for _, texts in rows
+        ]
+        content = [{"messages": said, "images": images} for said, (images, _) in zip(messages, rows, strict=True)]
+        (tmp_path / "t.json").write_text(json.dumps(content))
+
+    write((files[:1], ("<image>Read.", "x")), (files[1:], ("<image>Read.", "y")))
+    assert found(doctor(tmp_path / "t.json"), "two_texts") == [["t.json record 0", "t.json record 1"]]
+    write((files[: turns[0].count("<image>")], turns))
+    with pytest.raises(InputError, match=f"record 0.*{message}.*`latexocr preview` shows it"):
+        doctor(tmp_path / "t.json")

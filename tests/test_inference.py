@@ -22,7 +22,7 @@ from latexocr.cli import main
 from latexocr.contract import Contract, fingerprint
 from latexocr.errors import InputError, MergeMismatch
 from latexocr.evaluate import evaluate, score_file
-from latexocr.generate import Generated
+from latexocr.generate import Generated, answer_pieces
 from latexocr.merge import merge
 from latexocr.predict import LatexOCR
 from latexocr.preview import preview
@@ -80,6 +80,35 @@ def test_every_kind_of_image(ocr):
 def test_stream_joins_to_the_answer(base):
     pieces = list(base.stream(IMAGES[0], max_new_tokens=12))
     assert "".join(pieces) == base(IMAGES[0], max_new_tokens=12) and len(pieces) > 1
+
+
+@pytest.mark.parametrize(
+    ("pieces", "begun", "answer"),
+    [
+        (["x ", "+ y"], False, ["x ", "+ y"]),
+        (["\n<th", "ink>\n</think", ">\n", "\n x", " y "], False, ["x", " y "]),
+        (["hm</think>x"], True, ["x"]),
+        (["<think>", "hm"], False, ["<think>hm"]),  # it never ends: nothing else is there
+        (["hm"], True, ["hm"]),
+        (["<x</think>"], False, ["<x</think>"]),  # no thought was begun
+        (["<think></think>"], False, []),
+        ([" "], False, [" "]),
+    ],
+)
+def test_a_thought_is_no_answer(pieces, begun, answer):
+    assert list(answer_pieces(pieces, begun=begun)) == answer
+    assert "".join(answer_pieces(["".join(pieces)], begun=begun)) == "".join(answer)
+
+
+def test_stream_leaves_a_thought_out_too(config, tmp_path):
+    """A model that begins with an empty thought: what it said is what both give."""
+    always_x = write_records(tmp_path / "x.json", [(image, "x") for image in IMAGES])
+    options = dict(finetuning="full", max_steps=25, learning_rate=3e-3, per_device_train_batch_size=5,
+                   gradient_accumulation_steps=1, empty_thinking=True)  # fmt: skip
+    ocr = LatexOCR.from_pretrained(train(config(train_json=str(always_x), **options)).model_dir, device="cpu")
+    (answer,) = ocr.generate(IMAGES[:1], max_new_tokens=40)
+    assert (answer.text, answer.num_tokens) == ("x", 19)  # with the thought, whose marks the tokenizer takes apart
+    assert "".join(ocr.stream(IMAGES[0], max_new_tokens=40)) == "x"
 
 
 def test_runaways_are_told_apart(base, config, tmp_path):
