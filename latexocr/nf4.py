@@ -103,6 +103,7 @@ def whole_beside(
     out = b.new_empty(num_rows, num_columns + before + rank + behind)
     _whole_kernel[(triton.cdiv(num_rows, ROWS), triton.cdiv(num_columns, COLUMNS) + 1)](
         packed, state.code, state.absmax, scales.code, scales.absmax, state.offset, b, out, first, num_rows,
-        num_columns, before, rank, behind, ALIGNED=num_columns % BLOCK == 0, BLOCK=BLOCK, BM=ROWS, BN=COLUMNS, num_warps=4,
+        num_columns, before, rank, behind, ALIGNED=num_columns % BLOCK == 0, BLOCK=BLOCK, BM=ROWS, BN=COLUMNS,
+        num_warps=4,
     )  # fmt: skip
     return out

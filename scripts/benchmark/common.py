@@ -178,7 +178,9 @@ def _seconds_since(begun: float) -> float:
 
 def summary(metrics: Path) -> dict[str, Any]:
     """Medians and losses of a run's metrics.jsonl."""
-    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    from latexocr.metrics_file import read_metrics
+
+    lines = read_metrics(metrics)
     logs = [line for line in lines if "samples_per_second" in line]
     counted = logs[LINES_LEFT_OUT:] or logs
     found: dict[str, Any] = {}
