@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -34,12 +34,16 @@ class FormulaCollator(DataCollatorForSeq2Seq):
     Args:
         family: says which inputs are which.
         blank: `Preprocessor.blank`, which joins a batch that shows nothing; the batch's `num_samples` leaves it out.
-        tower: what the vision tower has to be told.
+        tower: what the vision tower has to be told (default: little enough for every tower).
     """
 
     family: Family | None = None
     blank: dict[str, torch.Tensor] | None = None
-    tower: Tower = field(default_factory=Tower)
+    tower: Tower | None = None
+
+    def __post_init__(self) -> None:
+        if self.tower is None:
+            self.tower = Tower(raster=self.family.raster)
 
     def __call__(self, features: list[dict[str, Any]], return_tensors: str | None = None) -> dict[str, torch.Tensor]:
         num_samples, features = len(features), self._with_picture(features)

@@ -227,6 +227,7 @@ class Copies:
     """
 
     def __init__(self, targets: list[torch.Tensor], sources: list[torch.Tensor]) -> None:
+        self._held = targets, sources  # the kernel knows addresses alone: their memory must not become another's
         self.addresses = [source.data_ptr() for source in sources]
         entries = [
             (source.data_ptr(), target.data_ptr(), source.numel(), source.shape[1], target.stride(0))

@@ -12,7 +12,7 @@ from conftest import MODEL_TYPES, ROOT, launch_by, warm_python
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
 CODE = """
-import importlib.util, json, sys
+import importlib.util, json, sys, weakref
 import torch
 from torch.nn.functional import cross_entropy, silu
 from latexocr import kernels, lora, loss
@@ -71,6 +71,11 @@ around = [torch.zeros(5, 1010), torch.zeros(9, 4)]
 kernels.Copies([around[0][:, 10:], around[1][1:8, :3]], sources)()
 wanted = [torch.cat([torch.zeros(5, 10), sources[0]], 1), torch.nn.functional.pad(sources[1], (0, 1, 1, 1))]
 check("copies", *zip(around, wanted))
+source = torch.ones(2, 3)
+held = weakref.ref(source)
+copies = kernels.Copies([torch.zeros(2, 3)], [source])
+del source
+assert held() is not None  # else another tensor could be where the kernel reads
 
 logits, targets = torch.randn(4, 5000, requires_grad=True), torch.tensor([3, -100, 4999, 0])
 wanted = cross_entropy(logits, targets, reduction="none")
