@@ -25,7 +25,9 @@ CHINESE = {
         "训练记录：.json、.jsonl、.parquet、datasets 保存的目录，或模型库 id[:子集[:划分]]"
     ),
     "validation records, likewise; without them nothing is evaluated": ("验证记录，格式同上；没有则不做验证"),
-    "open URLs that records name, anew at every use": ("允许打开记录中的 URL，每次使用都重新读取"),
+    "open URLs that records name, once: ~/.cache/latexocr/urls keeps what they hold": (
+        "允许打开记录中的 URL；每个只下载一次，内容保存在 ~/.cache/latexocr/urls"
+    ),
     "open files that records name outside of their data file's folder": ("允许打开数据文件所在目录之外的文件"),
     "read training records as they come, never all of them (needs max_steps)": (
         "边读边训练，不读入全部记录（需要 max_steps）"
@@ -61,7 +63,7 @@ CHINESE = {
         "QLoRA：冻结的底座以 4 位存放（NF4，双重量化；需 bitsandbytes）"
     ),
     "the frozen base in 8 bits (LLM.int8; bitsandbytes)": ("冻结的底座以 8 位存放（LLM.int8；需 bitsandbytes）"),
-    "what 4 or 8 bits hold: language, vision, merger": ("以 4 位或 8 位存放的部分：language、vision、merger"),
+    "what 4 or 8 bits hold: language, vision, merger, head": ("以 4 位或 8 位存放的部分：language、vision、merger、head"),
     "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)": (
         "混合专家：专家使用不均衡损失的权重（默认：按 config.json）"
     ),
