@@ -269,7 +269,7 @@ class FusedLoras:
     """All LoRA layers of a model, turned into `FusedLora`.
 
     Args:
-        model: with adapters on linear layers (`latexocr.modeling.add_lora`), on the device it trains on.
+        model: with adapters on linear layers (`latexocr.adapters.add_lora`), on the device it trains on.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:

@@ -106,11 +106,11 @@ def merge(
     """
     import torch
 
-    from latexocr import modeling
+    from latexocr import adapters, modeling
     from latexocr.images import load_image
     from latexocr.predict import LatexOCR
 
-    contract = modeling.check_adapter(adapter)
+    contract = adapters.check_adapter(adapter)
     if contract is None and model is None:
         raise InputError(f"{adapter}: no latexocr.json, so its base model is unknown; give --model")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
@@ -128,7 +128,7 @@ def merge(
     if contract and contract.quantization and (loftq or importlib.util.find_spec(PACKAGE)):
         trained = LatexOCR.from_pretrained(base_folder, adapter=adapter, **options)
     if loftq:
-        modeling.take_rounded(ocr.model, trained.model)
+        adapters.take_rounded(ocr.model, trained.model)
     answers = [answer.text for answer in ocr.generate(pictures, max_new_tokens=32)]
     expected = log_probabilities(ocr, pictures, answers)
     if trained:

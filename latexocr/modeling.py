@@ -1,35 +1,28 @@
-"""Checkpoints: find, load, add LoRA, put adapters on, and check that what was loaded is what was asked for."""
+"""Checkpoints: find, load and save them, and check that what was loaded is what was asked for."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
-import itertools
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils.integrations import dequantize_module_weight
-from safetensors import safe_open
+from peft import PeftModel
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.utils import logging as transformers_logging
 
-from latexocr.checkpoint import ADAPTER_CONFIG, ADAPTER_WEIGHTS, HUB_ID, MODEL_CONFIG, read_json
-from latexocr.contract import Contract, fingerprint, write_text
-from latexocr.errors import InputError, nearest
+from latexocr.checkpoint import ADAPTER_CONFIG, HUB_ID, MODEL_CONFIG, read_json
+from latexocr.contract import Contract, write_text
+from latexocr.errors import InputError
 from latexocr.families import Family, families, family_of
 from latexocr.images import ImagePolicy
-from latexocr.new_tokens import add_rows, train_rows
 from latexocr.quantization import (
     PACKAGE,
     SMALL_SHARE,
@@ -157,81 +150,6 @@ def no_progress_bars() -> Iterator[None]:
     finally:
         if shown:
             transformers_logging.enable_progress_bar()
-
-
-@contextlib.contextmanager
-def trusted_placeholders(model: Any) -> Iterator[None]:
-    """Features go to their tokens without waits for the GPU: transformers would check that both are equally many, and
-    select the tokens to which Qwen3-VL's decoder adds features of the tower's middle layers.
-
-    `latexocr.preprocess` writes the tokens from the same grid.
-    """
-    inner = inner_model(model).model
-    videos = "video_features" in inspect.signature(inner.get_placeholder_mask).parameters  # PaddleOCR-VL reads none
-    inner.get_placeholder_mask = functools.partial(_placeholder_masks if videos else _image_mask, inner.config)
-    if hasattr(inner.language_model, "_deepstack_process"):
-        inner.language_model._deepstack_process = _add_features
-    try:
-        yield
-    finally:
-        del inner.get_placeholder_mask
-        vars(inner.language_model).pop("_deepstack_process", None)
-
-
-def _placeholder_masks(
-    config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """(batch, length, 1) twice: where image features and where video features belong."""
-    return _mask_of(config.image_token_id, input_ids), _mask_of(config.video_token_id, input_ids)
-
-
-def _image_mask(config: Any, input_ids: torch.Tensor, inputs_embeds: torch.Tensor, **_: Any) -> torch.Tensor:
-    """(batch, length, 1): where image features belong."""
-    return _mask_of(config.image_token_id, input_ids)
-
-
-def _mask_of(token: int, input_ids: torch.Tensor) -> torch.Tensor:
-    return (input_ids == token)[..., None].as_subclass(PlaceholderMask)
-
-
-def _add_features(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Hidden states (batch, length, width) plus features (tokens, width) at the places of the mask (batch, length)."""
-    return hidden + _Placed.apply(torch.zeros_like(hidden), mask[..., None], features.to(hidden.dtype))
-
-
-class PlaceholderMask(torch.Tensor):
-    """A mask whose `embeddings.masked_scatter(mask, features)` can be differentiated without waiting for the GPU.
-
-    PyTorch (2.15) selects the gradient of the features by the mask, and asks the GPU how many there are: a step that
-    trains the vision tower could not be captured as a CUDA graph.
-    """
-
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        with torch._C.DisableTorchFunctionSubclass():
-            if function is torch.Tensor.masked_scatter:
-                return _Placed.apply(*args)
-            return function(*args, **(kwargs or {}))
-
-
-class _Placed(torch.autograd.Function):
-    """`torch.Tensor.masked_scatter` for whole rows."""
-
-    @staticmethod
-    def forward(ctx: Any, embeddings: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-        """Embeddings (batch, length, width) with features (at least as many rows as places, width) in the places of
-        the mask (batch, length, 1)."""
-        ctx.save_for_backward(mask)
-        ctx.num_features = len(features)
-        return embeddings.masked_scatter(mask, features)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, torch.Tensor]:
-        (mask,) = ctx.saved_tensors
-        numbers = torch.arange(1, ctx.num_features + 1, device=grad.device)
-        places = torch.searchsorted(mask.flatten().cumsum(0), numbers)  # beyond the end for features without a place
-        rows = torch.nn.functional.pad(grad.flatten(0, 1), (0, 0, 0, 1))
-        return grad.masked_fill(mask, 0), None, rows[places]
 
 
 class PatchEmbedding(torch.nn.Conv3d):
@@ -436,178 +354,3 @@ def greedy_config(processor: Any, family: Family) -> GenerationConfig:
 def inner_model(model: Any) -> Any:
     """The transformers model inside an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def add_lora(
-    model: PreTrainedModel,
-    family: Family,
-    *,
-    components: list[str],
-    r: int,
-    alpha: int,
-    dropout: float,
-    pattern: str | None = None,
-    **variant: Any,
-) -> PeftModel:
-    """Wrap `model` with fresh LoRA adapters on the linear layers (or stacked experts) of the named components.
-
-    Args:
-        model: the base.
-        family: tells what the components are.
-        components: parts, kinds, or parts of parts; see `Family.targets`.
-        r: rank.
-        alpha: scale.
-        dropout: before the adapter.
-        pattern: in place of the components, a regular expression over whole paths of layers.
-        variant: further fields of `peft.LoraConfig`.
-
-    Raises:
-        InputError: an unknown component, or one in which nothing matches.
-    """
-    if r < 1 or alpha <= 0 or not 0 <= dropout < 1:
-        raise InputError(
-            f"lora_r {r}, lora_alpha {alpha}, lora_dropout {dropout}: needs r >= 1, alpha > 0, 0 <= dropout < 1"
-        )
-    if pattern is not None:
-        _check_pattern(model, family, pattern)
-    layers: set[str] = set()
-    stacked: set[str] = set()  # experts in one parameter, which is no layer
-    for component in [] if pattern else components:
-        matches = re.compile(family.target_regex([component])).fullmatch
-        found = {name for name, _ in model.named_modules() if matches(f".{name}")}
-        parameters = {name for name, _ in model.named_parameters() if matches(f".{name}")}
-        if not found | parameters:
-            raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
-        layers, stacked = layers | found, stacked | parameters
-    if stacked and (dropout or variant.get("use_dora")):
-        raise InputError(
-            f"{' '.join(components)} of {family.name} names experts that are stacked in one parameter, where neither "
-            "dropout nor DoRA is possible: --lora_dropout 0 --use_dora false"
-        )
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        target_modules=pattern or (family.target_regex(components) if layers else None),
-        target_parameters=sorted(stacked) or None,
-        r=r,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        bias="none",
-        **variant,
-    )
-    return get_peft_model(model, config)
-
-
-def _check_pattern(model: PreTrainedModel, family: Family, pattern: str) -> None:
-    modules = dict(model.named_modules())
-    matches = _expression(pattern, "lora_pattern").fullmatch
-    found = [name for name in modules if matches(name)]
-    for name in found:
-        if not isinstance(modules[name], torch.nn.Linear):
-            raise InputError(f"lora_pattern {pattern!r} also matches {name or 'the whole model'}, no linear layer")
-    if not found:
-        linear = [name for name, module in modules.items() if isinstance(module, torch.nn.Linear)]
-        shapes = dict.fromkeys(re.sub(r"\b\d+\b", r"\\d+", name) for name in linear)
-        raise InputError(
-            f"lora_pattern {pattern!r} matches no layer of {family.name}"
-            f"{nearest(pattern, shapes, cutoff=0.4) or f'; layers are called like {linear[0]}'}"
-        )
-
-
-def freeze(model: PreTrainedModel, family: Family, patterns: list[str]) -> None:
-    """Train all of `model` but what a pattern names: frozen parts of a model are not differentiated.
-
-    Args:
-        model: as loaded.
-        family: tells the parts.
-        patterns: parts (`Family.parts`), or regular expressions found in the parameters' names.
-
-    Raises:
-        InputError: a pattern that matches nothing, or nothing is left.
-    """
-    model.requires_grad_(True)
-    names = dict(model.named_parameters())
-    for pattern in [*patterns, *family.never_trained]:
-        is_part, search = pattern in family.parts, _expression(pattern, "freeze").search
-        found = [name for name in names if (family.part_of(name) == pattern if is_part else search(name))]
-        if not found:
-            words = dict.fromkeys(word for name in names for word in name.split(".") if not word.isdigit())
-            known = [*family.parts, *words]
-            raise InputError(f"freeze: {pattern!r} matches no parameter of {family.name}{nearest(pattern, known)}")
-        for name in found:
-            names[name].requires_grad_(False)
-    if not any(parameter.requires_grad for parameter in names.values()):
-        raise InputError(f"freeze: {' '.join(patterns)} leave nothing to train")
-
-
-def _expression(pattern: str, option: str) -> re.Pattern[str]:
-    try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{option}: {pattern!r} is no regular expression ({error})") from error
-
-
-def trainable_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """Where the trainable parameters sit: part of the model -> (number of parameters, number of modules)."""
-    family = family_of(inner_model(model).config.model_type)
-    parameters: Counter[str] = Counter()
-    modules: dict[str, set[str]] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = family.part_of(name)
-            parameters[part] += parameter.numel()
-            modules.setdefault(part, set()).add(name.split(".lora_")[0])
-    return {part: (count, len(modules[part])) for part, count in parameters.items()}
-
-
-def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> PeftModel:
-    """Put a trained adapter on its base, checked: right base, every tensor there, none left over.
-
-    An adapter whose keys do not match loads as nothing without an error, so the keys are compared here.
-
-    Raises:
-        InputError: not an adapter folder, an adapter for another base, or tensors that do not fit.
-    """
-    contract = check_adapter(adapter)
-    if contract is not None and fingerprint(base_folder) != contract.base_fingerprint:
-        raise InputError(
-            f"{adapter}: trained on another base model ({contract.base_model}, {contract.model_type}), "
-            f"given {base_folder} ({read_config(base_folder).get('model_type')})"
-        )
-    config = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    new_tokens = itertools.chain.from_iterable((config.get("trainable_token_indices") or {}).values())
-    add_rows(model, max(new_tokens, default=-1) + 1)
-    try:
-        peft_model = PeftModel.from_pretrained(model, adapter)
-    except (RuntimeError, ValueError) as error:
-        raise InputError(f"{adapter}: does not fit {base_folder} ({' '.join(str(error).split())[:300]})") from error
-    with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:
-        saved = set(file.keys())
-    expected = set(get_peft_model_state_dict(peft_model))
-    if saved != expected:
-        first = sorted(saved ^ expected)[0]
-        raise InputError(f"{adapter}: {len(saved ^ expected)} tensors do not fit {base_folder}, first {first}")
-    train_rows(peft_model)
-    return peft_model
-
-
-@torch.no_grad()
-def take_rounded(model: torch.nn.Module, rounded: torch.nn.Module) -> None:
-    """Give the linear layers of `model` the values of those that are in 4 or 8 bits in `rounded`."""
-    whole = dict(model.named_modules())
-    for name, module in rounded.named_modules():
-        if isinstance(module, torch.nn.Linear) and not module.weight.is_floating_point():
-            whole[name].weight.copy_(dequantize_module_weight(module))
-
-
-def check_adapter(adapter: Path) -> Contract | None:
-    """The contract of an adapter folder, None for an adapter that this library did not write.
-
-    Raises:
-        InputError: not an adapter folder.
-    """
-    for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS):
-        if not (adapter / name).is_file():
-            whole = (adapter / MODEL_CONFIG).is_file()
-            hint = "a whole model, which --model takes as it is" if whole else "a checkpoint-N folder or adapter/ is"
-            raise InputError(f"{adapter}: no {name}, so not an adapter folder ({hint})")
-    return Contract.load(adapter)

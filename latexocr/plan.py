@@ -27,9 +27,10 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+from latexocr.dataset import Selection
 from latexocr.errors import InputError
 from latexocr.memory import GIB, OutOfMemory, peak_gib, total_gib
-from latexocr.preprocess import Selection, TokenCounts, TokenTable
+from latexocr.preprocess import TokenCounts, TokenTable
 from latexocr.stopping import StopSignal
 from latexocr.train import Data, TrainConfig, build_trainer, count_steps, load_data, load_model
 

@@ -89,7 +89,7 @@ class LatexOCR:
         """
         import torch
 
-        from latexocr import modeling
+        from latexocr import adapters, modeling
         from latexocr.checkpoint import ADAPTER_CONFIG
         from latexocr.config import PROMPT
         from latexocr.contract import Contract
@@ -100,7 +100,7 @@ class LatexOCR:
         folder = modeling.resolve_checkpoint(path, hub)
         if adapter in (None, path) and (folder / ADAPTER_CONFIG).is_file():
             adapter = folder
-            contract = modeling.check_adapter(adapter)
+            contract = adapters.check_adapter(adapter)
             if contract is None:
                 raise InputError(
                     f"{path}: an adapter without latexocr.json; name its base: --model BASE --adapter {path}"
@@ -126,7 +126,7 @@ class LatexOCR:
             trust_remote_code=trust_remote_code,
         )
         if adapter is not None:
-            model = modeling.load_adapter(model, Path(adapter), base_folder)
+            model = adapters.load_adapter(model, Path(adapter), base_folder)
             if (Path(adapter) / "tokenizer_config.json").is_file():
                 source = Path(adapter)
         processor = modeling.load_processor(source, trust_remote_code=trust_remote_code)

@@ -10,8 +10,8 @@ from math import inf
 import torch
 from torch.utils.data import Sampler
 
+from latexocr.dataset import MASKED, Selection
 from latexocr.errors import InputError
-from latexocr.preprocess import MASKED, Selection
 
 PROBED_EPOCHS = 4  # the most micro-batches that one of them needs are the length of every epoch
 LOOKAHEAD = 32  # samples that may be passed over for smaller ones before a micro-batch counts as full

@@ -26,10 +26,12 @@ from peft import PeftModel
 from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
+from latexocr.adapters import add_lora, freeze, trainable_parameters
 from latexocr.checkpoint import TRAINER_STATE
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import PROMPT
 from latexocr.contract import Contract, config_fingerprint, fingerprint, write_text
+from latexocr.dataset import FormulaDataset, Selection, Variation, select
 from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.families import Family
@@ -39,10 +41,8 @@ from latexocr.initialisation import loftq, pissa
 from latexocr.metrics.fields import check_fields
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
-    add_lora,
     check_whole,
     family_in,
-    freeze,
     fresh_base,
     greedy_config,
     inner_model,
@@ -50,11 +50,10 @@ from latexocr.modeling import (
     load_processor,
     positions_per_second,
     resolve_checkpoint,
-    trainable_parameters,
 )
 from latexocr.new_tokens import add_tokens, make_room, read_words, token_indices, train_rows
 from latexocr.optimizers import learning_rates
-from latexocr.preprocess import FormulaDataset, Preprocessor, Selection, Variation, decode_sample, select
+from latexocr.preprocess import Preprocessor, decode_sample
 from latexocr.quantization import num_weights
 from latexocr.records import read_records
 from latexocr.run_folder import (

@@ -33,6 +33,7 @@ from latexocr.card import write_card
 from latexocr.checkpoint import LOSS_METER
 from latexocr.console import Console
 from latexocr.contract import Contract, write_text
+from latexocr.dataset import MASKED, FormulaDataset
 from latexocr.decoding import decoder_for
 from latexocr.errors import InputError
 from latexocr.evaluate import quick_scores, write_predictions
@@ -44,9 +45,10 @@ from latexocr.layers import fuse_layers
 from latexocr.lora import FusedLoras
 from latexocr.loss import detach_head, head_loss, router_loss, supervised_loss, supervised_targets
 from latexocr.memory import explain_out_of_memory
-from latexocr.modeling import inner_model, save_for_training, save_for_use, save_processor, trusted_placeholders
+from latexocr.modeling import inner_model, save_for_training, save_for_use, save_processor
 from latexocr.optimizers import Flat, flatten, parameter_groups
-from latexocr.preprocess import IGNORED, MASKED, FormulaDataset
+from latexocr.placeholders import trusted_placeholders
+from latexocr.preprocess import IGNORED
 from latexocr.quantization import PACKAGE
 from latexocr.sampling import BudgetSampler, EpochSampler
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals

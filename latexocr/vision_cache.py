@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
 
 from latexocr.contract import Contract, write_text
+from latexocr.dataset import Selection
 from latexocr.errors import InputError
 from latexocr.families import family_of
 from latexocr.modeling import inner_model
-from latexocr.preprocess import Preprocessor, Selection
+from latexocr.preprocess import Preprocessor
 from latexocr.records import Records
 from latexocr.stopping import outlive_stop_signals
 

@@ -63,7 +63,9 @@ CHINESE = {
         "QLoRA：冻结的底座以 4 位存放（NF4，双重量化；需 bitsandbytes）"
     ),
     "the frozen base in 8 bits (LLM.int8; bitsandbytes)": ("冻结的底座以 8 位存放（LLM.int8；需 bitsandbytes）"),
-    "what 4 or 8 bits hold: language, vision, merger, head": ("以 4 位或 8 位存放的部分：language、vision、merger、head"),
+    "what 4 or 8 bits hold: language, vision, merger, head": (
+        "以 4 位或 8 位存放的部分：language、vision、merger、head"
+    ),
     "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)": (
         "混合专家：专家使用不均衡损失的权重（默认：按 config.json）"
     ),

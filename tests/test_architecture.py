@@ -18,7 +18,7 @@ LAYERS = (
     {"render", "contract", "attention", "lora", "dialects", "optimizers", "new_tokens"},
     {"layers", "page", "rasterize", "tower"},
     {"modeling", "preprocess", "findings", "synthesize", "info"},
-    {"card"},
+    {"card", "adapters", "placeholders", "dataset"},
     {"upload", "collate", "streaming", "train_config", "build", "loss", "sampling", "vision_cache", "report"},
     {"decoding", "run_folder", "initialisation"},
     {"generate"},

@@ -10,10 +10,10 @@ import torch
 from conftest import MODEL_TYPES, SAMPLE
 
 from latexocr import decoding
+from latexocr.adapters import add_lora
 from latexocr.decoding import Answer, Decoder, decoder_for
 from latexocr.generate import _stock, generate
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import add_lora
 from latexocr.predict import LatexOCR
 from latexocr.train import train
 

@@ -16,6 +16,7 @@ from conftest import MODEL_TYPES
 from PIL import Image
 from safetensors import safe_open
 
+from latexocr.adapters import add_lora, freeze, load_adapter, trainable_parameters
 from latexocr.build import build_config, build_tokenizer
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.dialects import DIALECTS
@@ -24,7 +25,7 @@ from latexocr.families import families, family_of
 from latexocr.layers import _turns_halves
 from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import add_lora, family_in, freeze, load_adapter, load_base, trainable_parameters
+from latexocr.modeling import family_in, load_base
 from latexocr.preprocess import decode_sample
 from latexocr.records import read_records
 from latexocr.shapes import SHAPES

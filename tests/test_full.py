@@ -9,12 +9,13 @@ import torch
 from conftest import SAMPLE
 from safetensors.torch import load_file
 
+from latexocr.dataset import FormulaDataset, Variation
 from latexocr.errors import InputError
 from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import PlaceholderMask, load_base
+from latexocr.modeling import load_base
+from latexocr.placeholders import PlaceholderMask
 from latexocr.predict import LatexOCR
-from latexocr.preprocess import FormulaDataset, Variation
 from latexocr.records import Record
 from latexocr.train import load_preprocessor, train
 from latexocr.trainer import FormulaTrainer

@@ -9,12 +9,13 @@ import torch
 from conftest import MODEL_TYPES
 from peft.tuners.lora import Linear as LoraLinear
 
+from latexocr.adapters import add_lora
 from latexocr.collate import FlattenedCollator, rounded
 from latexocr.errors import InputError
 from latexocr.lora import FusedLora, FusedLoras, keep_mask
 from latexocr.loss import detach_head, head_loss, supervised_loss
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import add_lora, load_base
+from latexocr.modeling import load_base
 from latexocr.records import read_records
 from latexocr.train import load_preprocessor, train
 from latexocr.trainer import FormulaTrainer
@@ -135,7 +136,7 @@ def test_every_gradient_equals_stock(tiny, config, records):
 def gradients(model, batch: dict) -> tuple[float, dict[str, torch.Tensor]]:
     from latexocr.attention import VARLEN, set_attention
     from latexocr.loss import supervised_targets
-    from latexocr.modeling import trusted_placeholders
+    from latexocr.placeholders import trusted_placeholders
 
     set_attention(model, VARLEN)
     model.train()

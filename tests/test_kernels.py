@@ -104,7 +104,8 @@ import torch
 from test_fused import gradients
 from latexocr import layers, lora
 from latexocr.collate import FlattenedCollator
-from latexocr.modeling import add_lora, load_base
+from latexocr.adapters import add_lora
+from latexocr.modeling import load_base
 from latexocr.records import read_records
 from latexocr.train import TrainConfig, load_preprocessor
 

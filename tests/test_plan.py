@@ -12,10 +12,11 @@ import torch
 
 import latexocr.plan as planning
 from latexocr.cli import main
+from latexocr.dataset import Selection
 from latexocr.errors import InputError
 from latexocr.memory import OutOfMemory, explain_out_of_memory
 from latexocr.plan import Trial, advise, plan, roomier, smaller, worst_batches
-from latexocr.preprocess import Selection, TokenTable
+from latexocr.preprocess import TokenTable
 from latexocr.train import TrainConfig, load_data
 from latexocr.trainer import FormulaTrainer
 
@@ -166,7 +167,7 @@ def test_command(config, few_steps, tiny, records, capsys, tmp_path):
 
 def batches(config) -> dict[str, dict]:
     from latexocr.collate import FormulaCollator
-    from latexocr.preprocess import FormulaDataset
+    from latexocr.dataset import FormulaDataset
     from latexocr.train import _training_collator, load_data
 
     data = load_data(config())

@@ -10,10 +10,11 @@ from conftest import MODEL_TYPES, SAMPLE, write_records
 from PIL import Image
 
 from latexocr.collate import FlattenedCollator, FormulaCollator
+from latexocr.dataset import MASKED, FormulaDataset, measure, select
 from latexocr.errors import InputError
 from latexocr.images import ImagePolicy, load_image
 from latexocr.modeling import family_in, load_base, load_processor
-from latexocr.preprocess import MASKED, FormulaDataset, Preprocessor, decode_sample, measure, select
+from latexocr.preprocess import Preprocessor, decode_sample
 from latexocr.records import read_records
 
 

@@ -12,13 +12,14 @@ import torch
 from conftest import MODEL_TYPES, SAMPLE, untied
 
 from latexocr import quantization
+from latexocr.adapters import add_lora
 from latexocr.contract import Contract
 from latexocr.errors import InputError
 from latexocr.families import family_of
 from latexocr.lora import FusedLora, FusedLoras
 from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import add_lora, family_in, fresh_base, inner_model, load_base
+from latexocr.modeling import family_in, fresh_base, inner_model, load_base
 from latexocr.predict import LatexOCR
 from latexocr.quantization import Quantization, kept_modules, num_weights
 from latexocr.train import train

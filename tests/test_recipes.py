@@ -11,6 +11,7 @@ import yaml
 from conftest import SAMPLE, untied
 from safetensors.torch import load_file
 
+from latexocr.adapters import add_lora, load_adapter, trainable_parameters
 from latexocr.config import OUR_NAMES, TrainOptions, parse_train_arguments, typed_values
 from latexocr.contract import Contract
 from latexocr.errors import InputError
@@ -18,7 +19,7 @@ from latexocr.graphs import GradientBuffer
 from latexocr.initialisation import pissa, write_difference
 from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import add_lora, family_in, load_adapter, load_base, load_processor, trainable_parameters
+from latexocr.modeling import family_in, load_base, load_processor
 from latexocr.new_tokens import make_room, read_words, token_indices, train_rows
 from latexocr.optimizers import flatten, learning_rates, parameter_groups
 from latexocr.predict import LatexOCR

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 from conftest import ROOT
 
+from latexocr.dataset import Selection, select
 from latexocr.errors import InputError
 from latexocr.metrics_file import read_metrics
-from latexocr.preprocess import Selection, TokenCounts, TokenTable, select
+from latexocr.preprocess import TokenCounts, TokenTable
 from latexocr.records import Record, read_records
 from latexocr.sampling import BudgetSampler, halved
 from latexocr.train import load_preprocessor, train

@@ -10,7 +10,8 @@ from PIL import Image
 from latexocr.attention import VARLEN, set_attention
 from latexocr.collate import FlattenedCollator, rounded
 from latexocr.loss import supervised_loss, supervised_targets
-from latexocr.modeling import load_base, trusted_placeholders
+from latexocr.modeling import load_base
+from latexocr.placeholders import trusted_placeholders
 from latexocr.records import read_records
 from latexocr.tower import Tower
 from latexocr.train import load_preprocessor

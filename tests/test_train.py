@@ -9,11 +9,12 @@ import pytest
 import torch
 from conftest import MODEL_TYPES, SAMPLE, write_records
 
+from latexocr.adapters import add_lora, trainable_parameters
 from latexocr.errors import InputError
 from latexocr.loss import supervised_loss, supervised_targets
 from latexocr.metrics import METRICS
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import add_lora, family_in, load_base, trainable_parameters
+from latexocr.modeling import family_in, load_base
 from latexocr.records import read_records
 from latexocr.sampling import EpochSampler
 from latexocr.train import load_preprocessor, train

@@ -11,10 +11,11 @@ from conftest import MODEL_TYPES, ROOT, SAMPLE, write_records
 
 from latexocr.attention import VARLEN, set_attention
 from latexocr.collate import FlattenedCollator, rounded
+from latexocr.dataset import FormulaDataset
 from latexocr.errors import InputError
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import load_base, trusted_placeholders
-from latexocr.preprocess import FormulaDataset
+from latexocr.modeling import load_base
+from latexocr.placeholders import trusted_placeholders
 from latexocr.records import read_records
 from latexocr.stopping import StopSignal
 from latexocr.train import load_preprocessor, train

@@ -56,7 +56,7 @@ def main() -> None:
 
 def _ours(data: Path, model: Path, num_samples: int) -> dict[str, float]:
     from latexocr.collate import FlattenedCollator
-    from latexocr.preprocess import FormulaDataset
+    from latexocr.dataset import FormulaDataset
     from latexocr.records import read_records
     from latexocr.train import TrainConfig, load_preprocessor
 
