@@ -27,12 +27,13 @@ import torch
 from torch.utils.data import Sampler
 from transformers import TrainerCallback
 
+from latexocr.announcement import count_steps
 from latexocr.dataset import Selection
 from latexocr.errors import InputError
 from latexocr.memory import GIB, OutOfMemory, peak_gib, total_gib
 from latexocr.preprocess import TokenCounts, TokenTable
 from latexocr.stopping import StopSignal
-from latexocr.train import Data, TrainConfig, build_trainer, count_steps, load_data, load_model
+from latexocr.train import Data, TrainConfig, build_trainer, load_data, load_model
 
 logger = logging.getLogger(__name__)
 FULL = 0.9  # share of the memory above which a training is not safe: later batches fragment it

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
@@ -27,6 +26,7 @@ from PIL import Image
 from transformers import EarlyStoppingCallback, PreTrainedModel, TrainerCallback, set_seed
 
 from latexocr.adapters import add_lora, freeze, trainable_parameters
+from latexocr.announcement import announce
 from latexocr.checkpoint import TRAINER_STATE
 from latexocr.collate import FlattenedCollator, FormulaCollator
 from latexocr.config import PROMPT
@@ -53,8 +53,7 @@ from latexocr.modeling import (
 )
 from latexocr.new_tokens import add_tokens, make_room, read_words, token_indices, train_rows
 from latexocr.optimizers import learning_rates
-from latexocr.preprocess import Preprocessor, decode_sample
-from latexocr.quantization import num_weights
+from latexocr.preprocess import Preprocessor
 from latexocr.records import read_records
 from latexocr.run_folder import (
     check_output_dir,
@@ -428,88 +427,6 @@ def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
     if family.tower == "grids" and not cached:
         return f"the vision tower of {family.name} asks the host for sizes"
     return None
-
-
-def announce(
-    trainer: FormulaTrainer, training: Selection, validation: Selection | None, cache: VisionCache | None = None
-) -> str:
-    """What is about to happen, before step one: parameters, rows, tokens, steps, the first example decoded."""
-    config, preprocessor = trainer.args, trainer.train_dataset.preprocessor
-    total = sum(num_weights(parameter) for parameter in trainer.model.parameters())
-    parts = trainable_parameters(trainer.model)
-    trained = sum(count for count, _ in parts.values())
-    rates = learning_rates(trainer.model, preprocessor.family, config)
-    where = ", ".join(f"{part} {count:,} in {modules} layers" for part, (count, modules) in parts.items())
-    first = "a stream, of which the first " if config.streaming else ""
-    batch, steps_an_epoch, steps = count_steps(config, len(training.records), trainer.batches)
-    if trainer.batches is None:
-        size = f"{config.per_device_train_batch_size} a device"
-    else:
-        bounds = {"tokens": config.max_tokens_per_batch, "patches": config.max_patches_per_batch}
-        size = "at most " + " and ".join(f"{bound:,} {name}" for name, bound in bounds.items() if bound) + " a device"
-        batch = f"about {batch:.1f}"
-    lines = [
-        f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
-        f"{_arithmetic(config)} on {config.device}",
-        f"trainable   {trained:,} ({100 * trained / total:.2f}%): {where}",
-        f"train       {first}{len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
-        f"tokens a record: {_statistics(training)}",
-    ]
-    if set(rates.values()) != {config.learning_rate}:
-        lines.append(f"rates       {', '.join(_shown_rates(rates, preprocessor.family))}")
-    if validation:
-        generated = min(len(validation.records), config.eval_generate_samples)
-        lines.append(
-            f"validation  {len(validation.records):,} records, {len(validation.dropped):,} dropped as overlong; "
-            f"{generated:,} of them generated, evaluated each {config.eval_strategy.value}"
-        )
-    if cache:
-        lines.append(
-            f"vision      features of {len(training.records):,} images, {cache.file.num_bytes / 1e6:,.1f} MB in "
-            f"{cache.file.path.parent}, removed at the end"
-        )
-    lines += [
-        f"steps       {steps:,} of {batch} records ({size} x {config.gradient_accumulation_steps} accumulated x "
-        f"{config.world_size} ranks)" + ("" if config.streaming else f", {steps_an_epoch:,} an epoch"),
-        f"example     {decode_sample(preprocessor(training.records[0]), preprocessor)}",
-    ]
-    return "\n".join(lines)
-
-
-def _shown_rates(rates: dict[str, float], family: Family) -> list[str]:
-    """The peak learning rates of each part, such as `vision 1e-05` or `language 0.0001 and 0.0016`."""
-    parts: dict[str, set[float]] = {}
-    for name, rate in rates.items():
-        parts.setdefault(family.part_of(name), set()).add(rate)
-    return [f"{part} {' and '.join(f'{rate:.4g}' for rate in sorted(found))}" for part, found in parts.items()]
-
-
-def _arithmetic(config: TrainConfig) -> str:
-    weights = "random weights, " if config.init_from_config else ""
-    name = "bfloat16" if config.bf16 else "float16" if config.fp16 else "float32"
-    master = ", weights in float32" if name != "float32" and config.finetuning == "full" else ""
-    rounded = f", {config.quantization}" if config.quantization else ""
-    return f"{weights}{name}{master}{rounded}"
-
-
-def count_steps(config: TrainConfig, num_records: int, batches: BudgetSampler | None = None) -> tuple[float, int, int]:
-    """Records a step on all ranks together (their mean with `batches`), steps an epoch, steps in all."""
-    if batches is None:
-        batch = config.per_device_train_batch_size * config.gradient_accumulation_steps * config.world_size
-        steps_an_epoch = math.ceil(num_records / batch)
-    else:
-        steps_an_epoch = math.ceil(len(batches) / config.gradient_accumulation_steps)
-        batch = num_records / steps_an_epoch
-    steps = config.max_steps if config.max_steps > 0 else math.ceil(steps_an_epoch * config.num_train_epochs)
-    return batch, steps_an_epoch, steps
-
-
-def _statistics(selection: Selection) -> str:
-    totals, counts = np.sort(selection.counts.total), selection.counts
-    return (
-        f"median {totals[len(totals) // 2]}, longest {totals[-1]}, all {totals.sum():,} "
-        f"(mean image {counts.image.mean():.0f}, answer {counts.answer.mean():.0f})"
-    )
 
 
 def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:

@@ -25,6 +25,7 @@ LAYERS = (
     {"predict"},
     {"evaluate", "merge"},
     {"trainer"},
+    {"announcement"},
     {"train"},
     {"preview", "plan", "doctor"},
     {"cli"},
