@@ -114,7 +114,7 @@ def read_metrics(path: Path | str) -> list[dict[str, float]]:
     for number, line in enumerate(lines, start=1):
         row = parse_line(line)
         if row is not None:
-            rows.append({name: _NON_FINITE.get(value, value) for name, value in row.items()})
+            rows.append({name: _NON_FINITE.get(str(value), value) for name, value in row.items()})
         elif line and number < len(lines):
             raise InputError(f"{path} line {number}: not a JSON object; remove the line")
     return rows
