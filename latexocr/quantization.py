@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib.util
 import re
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from latexocr.errors import InputError
@@ -126,7 +127,7 @@ def whole_beside(
     from torch.nn.functional import pad
 
     rows = rows or slice(0, layer.out_features)
-    if b.is_cuda and importlib.util.find_spec("triton"):
+    if b.is_cuda and _has_triton():
         from latexocr import nf4
 
         if nf4.takes(layer.weight.quant_state):
@@ -139,6 +140,12 @@ def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+
+
+@cache
+def _has_triton() -> bool:
+    """Asked by every layer of every step."""
+    return importlib.util.find_spec("triton") is not None
 
 
 def rounded_share(model: torch.nn.Module) -> float:
