@@ -195,18 +195,3 @@ def test_sharded_weights_are_refused(config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="load_in_4bit needs weights that are not sharded"):
         config(load_in_4bit=True)
-
-
-@requires_bitsandbytes
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_fast_path_on_a_gpu(checkpointing, config, tmp_path):
-    """Fused and replayed as graphs, against peft's own layers: the same losses up to rounding in 16 bits."""
-    options = dict(use_cpu=False, load_in_4bit=True, lora_r=16, max_steps=12, gradient_checkpointing=checkpointing)
-    fast = config(output_dir=str(tmp_path / "fast"), **options)
-    assert fast.fused_lora and fast.fused_loss and fast.cuda_graphs
-    train(fast)
-    train(
-        config(output_dir=str(tmp_path / "stock"), fused_lora=False, fused_layers=False, fused_loss=False, **options)
-    )
-    assert logged(tmp_path / "fast") == pytest.approx(logged(tmp_path / "stock"), rel=2e-2)
