@@ -55,16 +55,20 @@ def main() -> None:
 
 
 def _ours(data: Path, model: Path, num_samples: int) -> dict[str, float]:
+    from transformers import AutoConfig
+
     from latexocr.collate import FlattenedCollator
     from latexocr.dataset import FormulaDataset
     from latexocr.records import read_records
+    from latexocr.tower import Tower
     from latexocr.train import TrainConfig, load_preprocessor
 
     options = {"image_mode": "fixed", "image_height": HEIGHT, "image_width": WIDTH}
-    _, preprocessor = load_preprocessor(TrainConfig(model_name_or_path=str(model), use_cpu=True, **options))
+    folder, preprocessor = load_preprocessor(TrainConfig(model_name_or_path=str(model), use_cpu=True, **options))
     records = read_records(data)[:num_samples]
     dataset = FormulaDataset(records, preprocessor, as_bytes=True)
-    collate = FlattenedCollator(tokenizer=preprocessor.processor.tokenizer, family=preprocessor.family)
+    tower = Tower.of(preprocessor.family, AutoConfig.from_pretrained(folder))
+    collate = FlattenedCollator(tokenizer=preprocessor.processor.tokenizer, family=preprocessor.family, tower=tower)
 
     def batches() -> None:
         for start in range(0, len(records), BATCH):
