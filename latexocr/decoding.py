@@ -122,7 +122,8 @@ class Decoder:
         self._loras = [(layer, _short(layer)) for layer in self._inner.modules() if _is_plain_lora(layer)]
         self._cache: KeyValues | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # None: ran once as it is
-        self._captures = self._device.type == "cuda" and not self._family.routed
+        waits = self._family.routed and not (kernels_available() and self._inner.dtype == torch.bfloat16)
+        self._captures = self._device.type == "cuda" and not waits
 
     @torch.no_grad()
     def __call__(self, batches: Sequence[dict[str, torch.Tensor]], normalise: Normalise | None = None) -> list[Answer]:

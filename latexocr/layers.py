@@ -20,6 +20,7 @@ from torch.nn.functional import layer_norm
 from transformers.activations import QuickGELUActivation
 
 from latexocr import lora
+from latexocr.experts import apply_experts
 
 ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
 
@@ -53,6 +54,10 @@ def _fused_class(part: torch.nn.Module) -> type | None:
         forward = FusedRMSNorm
     elif all(hasattr(part, name) for name in ("gate_proj", "up_proj", "down_proj")) and _is_silu(part):
         forward = FusedGatedMlp
+    elif hasattr(part, "gate_up_proj") and hasattr(part, "num_experts") and _is_silu(part):
+        forward = FusedExperts
+    elif all(hasattr(part, name) for name in ("text_moe", "vision_moe", "shared_experts")):
+        forward = FusedModalityExperts
     else:
         return None
     return _with_forward(forward, kind)
@@ -101,6 +106,50 @@ class FusedGatedMlp(_Fused):
         if not lora.takes(x):
             return super().forward(x)
         return self.down_proj(_SwiGLU.apply(self.gate_proj(x), self.up_proj(x)))
+
+
+class FusedExperts(_Fused):
+    """`apply_experts`, anywhere: where transformers (5.23) has an index for no expert, it means other ranks' ones."""
+
+    def forward(self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        return apply_experts(rows, index, weights, self.gate_up_proj, self.down_proj, self._activate)
+
+    def _activate(self, gate_and_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_and_up.chunk(2, dim=-1)
+        return _SwiGLU.apply(gate, up) if lora.takes(gate) else self.act_fn(gate) * up
+
+
+class FusedModalityExperts(_Fused):
+    """ERNIE's experts: some see the tokens of text, some those of images, the shared ones see all."""
+
+    def forward(self, x: torch.Tensor, token_types: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Answers (batch, length, width), and the routers' logits (batch * length, experts).
+
+        Args:
+            x: (batch, length, width).
+            token_types: (batch, length), 0 is text; None: all are.
+        """
+        rows = x.flatten(0, -2)
+        if token_types is None:
+            answers, logits = _routed(self.text_moe, rows, None)
+        else:
+            shown = token_types.flatten()[:, None] != 0
+            (text, text_logits), (vision, vision_logits) = (
+                _routed(self.text_moe, rows, shown), _routed(self.vision_moe, rows, ~shown)
+            )  # fmt: skip
+            answers, logits = text + vision, torch.where(shown, vision_logits, text_logits)
+        answers = answers.view_as(x)
+        return answers if self.shared_experts is None else answers + self.shared_experts(x), logits
+
+
+def _routed(
+    moe: torch.nn.Module, rows: torch.Tensor, others: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Answers (tokens, width) and logits (tokens, experts); nothing for rows (tokens, 1) that are others'."""
+    logits, weights, index = moe.gate(rows)
+    if others is not None:
+        index = index.masked_fill(others, moe.num_experts)
+    return moe.experts(rows, index, weights), logits
 
 
 class FusedQuickGELU(_Fused):

@@ -29,11 +29,16 @@ def trusted_placeholders(model: Any) -> Iterator[None]:
     inner.get_placeholder_mask = functools.partial(_placeholder_masks if videos else _image_mask, inner.config)
     if hasattr(inner.language_model, "_deepstack_process"):
         inner.language_model._deepstack_process = _add_features
+    resampler = getattr(inner, "resampler_model", None)  # ERNIE's, which merges each two frames of a video
+    if resampler is not None:
+        resampler._temporal_slicing = _picture_twice
     try:
         yield
     finally:
         del inner.get_placeholder_mask
         vars(inner.language_model).pop("_deepstack_process", None)
+        if resampler is not None:
+            del resampler._temporal_slicing
 
 
 def _placeholder_masks(
@@ -55,6 +60,11 @@ def _mask_of(token: int, input_ids: torch.Tensor) -> torch.Tensor:
 def _add_features(hidden: torch.Tensor, mask: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """Hidden states (batch, length, width) plus features (tokens, width) at the places of the mask (batch, length)."""
     return hidden + _Placed.apply(torch.zeros_like(hidden), mask[..., None], features.to(hidden.dtype))
+
+
+def _picture_twice(features: torch.Tensor, grids: torch.Tensor) -> torch.Tensor:
+    """(tokens, 2 * width): each picture is its own second frame. `latexocr.preprocess` lets no video through."""
+    return torch.cat([features, features], dim=-1)
 
 
 class PlaceholderMask(torch.Tensor):

@@ -367,7 +367,7 @@ def build_trainer(
 ) -> FormulaTrainer:
     """The trainer over `data`, ready to train; nothing is written yet."""
     processor, family = data.preprocessor.processor, data.preprocessor.family
-    if config.cuda_graphs and (reason := waits_for_the_gpu(family, cached=config.cache_vision_features)):
+    if config.cuda_graphs and (reason := waits_for_the_gpu(config, family)):
         logger.info(f"steps are not captured as CUDA graphs: {reason}")
         config.cuda_graphs = False
     if config.cuda_graphs and (config.streaming or data.training.records.kinds.talk):
@@ -415,16 +415,12 @@ def _stream(config: TrainConfig, data: Data, collate: FormulaCollator) -> Stream
     )  # fmt: skip
 
 
-def waits_for_the_gpu(family: Family, *, cached: bool) -> str | None:
-    """Why a step asks the GPU for sizes, so that no graph of it can be captured; None where it does not.
-
-    Args:
-        family: of the model.
-        cached: features come in the place of pixels.
-    """
-    if family.routed:
-        return f"the experts of {family.name} get tokens by content"
-    if family.tower == "grids" and not cached:
+def waits_for_the_gpu(config: TrainConfig, family: Family) -> str | None:
+    """Why a step of this family asks the GPU for sizes, so that no graph of it can be captured; None where it does
+    not."""
+    if family.routed and not (config.fused_layers and config.finetuning == "lora"):  # the product of experts is 16-bit
+        return f"the experts of {family.name} get tokens by content, but for adapters and fused_layers"
+    if family.tower == "grids" and not config.cache_vision_features:
         return f"the vision tower of {family.name} asks the host for sizes"
     return None
 

@@ -13,6 +13,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 
@@ -156,6 +157,21 @@ def config(tiny, records, tmp_path):
                 **options,
             }
         )
+
+    return make
+
+
+@pytest.fixture
+def batch_of(tiny_models, config, records):
+    """Two records of the sample for a family, padded or flattened."""
+    from latexocr.collate import FormulaCollator
+    from latexocr.records import read_records
+    from latexocr.train import load_preprocessor
+
+    def make(model_type: str, collator: type = FormulaCollator) -> dict[str, Any]:
+        _, preprocessor = load_preprocessor(config(model_name_or_path=str(tiny_models[model_type])))
+        samples = [preprocessor(record) for record in read_records(records["train"])[:2]]
+        return collator(tokenizer=preprocessor.processor.tokenizer, family=preprocessor.family)(samples)
 
     return make
 

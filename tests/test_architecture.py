@@ -10,7 +10,7 @@ from conftest import ROOT
 
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
-    {"latexocr", "errors", "nf4"},
+    {"latexocr", "errors", "nf4", "experts"},
     {"checkpoint", "sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers", "quantization"},
     {"pictures", "likeness", "sources", "formats", "config", "console", "stopping", "shapes"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},

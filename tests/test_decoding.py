@@ -208,4 +208,4 @@ def test_graphs_give_the_same_ids(model_type, tiny_models, monkeypatch):
     with decoder_for(ocr.model, config) as decoder:
         assert ids(decoder([batch])) == wanted
         assert ids(decoder([batch])) == wanted
-        assert any(decoder._graphs.values()) is not ocr.preprocessor.family.routed
+        assert any(decoder._graphs.values())

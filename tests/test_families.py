@@ -27,7 +27,6 @@ from latexocr.merge import merge
 from latexocr.metrics_file import read_metrics
 from latexocr.modeling import family_in, load_base
 from latexocr.preprocess import decode_sample
-from latexocr.records import read_records
 from latexocr.shapes import SHAPES
 from latexocr.train import load_preprocessor, train
 from latexocr.trainer import FormulaTrainer
@@ -142,18 +141,6 @@ def adapted(folder, components, **options):
 
 def learns(parameter) -> bool:
     return parameter.grad is not None and bool(parameter.grad.any())
-
-
-@pytest.fixture
-def batch_of(tiny_models, config, records):
-    """Two records of the sample for a family, padded or flattened."""
-
-    def make(model_type: str, collator: type = FormulaCollator) -> dict[str, torch.Tensor]:
-        _, preprocessor = load_preprocessor(config(model_name_or_path=str(tiny_models[model_type])))
-        samples = [preprocessor(record) for record in read_records(records["train"])[:2]]
-        return collator(tokenizer=preprocessor.processor.tokenizer, family=preprocessor.family)(samples)
-
-    return make
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

@@ -189,7 +189,8 @@ FUSED = {
     "qwen2_vl": 3 * 3 + 1 + 2 * 3 + 1,
     "qwen2_5_vl": 3 * 3 + 1 + 2 * 3 + 1,
     "qwen3_vl": 3 * 5 + 1 + 2 * 2 + 2,
-    "ernie4_5_vl_moe": 3 * 3 + 1 + 2 * 3 + 1 + 3,  # the gated MLPs of two layers are their shared experts
+    # the gated MLPs of two layers are their shared experts, beside two kinds of experts in one block
+    "ernie4_5_vl_moe": 3 * 3 + 1 + 2 * 3 + 1 + 3 + 2 * 3,
     "paddleocr_vl": 3 * 3 + 1 + 2 * 2 + 2,
 }
 

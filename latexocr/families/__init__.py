@@ -40,7 +40,7 @@ class Family:
         framing_tokens: those around an image that count as its own in `moe_mm_token_type_ids`.
         raster: the image processor gives patches row by row, and they are merged behind the vision tower; elsewhere
             the patches of a visual token stand together.
-        routed: experts get those tokens that a router sends them: sizes that only the GPU knows.
+        routed: experts get those tokens that a router sends them, see `latexocr.experts`.
         empty_reasoning: what the chat template writes after a prompt in the place of a thought, and leaves out of a
             finished conversation.
         never_trained: regular expressions of parameters that no gradient reaches.
