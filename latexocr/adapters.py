@@ -21,6 +21,7 @@ from latexocr.errors import InputError, nearest
 from latexocr.families import Family, family_of
 from latexocr.modeling import inner_model, read_config
 from latexocr.new_tokens import add_rows, train_rows
+from latexocr.quantization import is_rounded
 
 
 def add_lora(
@@ -60,10 +61,15 @@ def add_lora(
     for component in [] if pattern else components:
         matches = re.compile(family.target_regex([component])).fullmatch
         found = {name for name, _ in model.named_modules() if matches(f".{name}")}
-        parameters = {name for name, _ in model.named_parameters() if matches(f".{name}")}
-        if not found | parameters:
+        parameters = {name: each for name, each in model.named_parameters() if matches(f".{name}")}
+        if any(map(is_rounded, parameters.values())):
+            raise InputError(
+                f"{component} of {family.name} in 4 bits cannot be adapted: leave experts out of quantized_parts or "
+                "of lora_components"
+            )
+        if not found | parameters.keys():
             raise InputError(f"no layer of this model matches the {family.name} component {component!r}")
-        layers, stacked = layers | found, stacked | parameters
+        layers, stacked = layers | found, stacked | parameters.keys()
     if stacked and (dropout or variant.get("use_dora")):
         raise InputError(
             f"{' '.join(components)} of {family.name} names experts that are stacked in one parameter, where neither "

@@ -96,7 +96,9 @@ class TrainOptions:
 
     load_in_4bit: bool = option(False, "QLoRA: the frozen base in 4 bits (NF4, double quantisation; bitsandbytes)")
     load_in_8bit: bool = option(False, "the frozen base in 8 bits (LLM.int8; bitsandbytes)")
-    quantized_parts: list[str] = option(["language"], "what 4 or 8 bits hold: language, vision, merger, head")
+    quantized_parts: list[str] = option(
+        ["language"], "what 4 or 8 bits hold: language, vision, merger, head; 4 bits also experts"
+    )
     router_aux_loss_coef: float | None = option(
         None, "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)"
     )

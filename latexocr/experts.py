@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch.nn.functional import grouped_mm
 
+from latexocr import quantization
+
 Activate = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -21,9 +23,10 @@ def apply_experts(
     rows: torch.Tensor,
     index: torch.Tensor,
     weights: torch.Tensor,
-    gate_up: torch.Tensor,
-    down: torch.Tensor,
+    gate_up: torch.nn.Parameter,
+    down: torch.nn.Parameter,
     activate: Activate,
+    num_experts: int,
 ) -> torch.Tensor:
     """sum_k weights_k * down_e(activate(gate_up_e(row))), e = index_k: (tokens, width), one for each row.
 
@@ -31,21 +34,42 @@ def apply_experts(
         rows: (tokens, width).
         index: (tokens, k) experts of each row; as many as there are experts stands for none.
         weights: (tokens, k) what each expert's answer counts.
-        gate_up: (experts, 2 * inner, width).
-        down: (experts, width, inner).
+        gate_up: (experts, 2 * inner, width); in 4 bits each is made whole when it is needed, and let go of.
+        down: (experts, width, inner), likewise.
         activate: (pairs, 2 * inner) -> (pairs, inner).
+        num_experts: whose weights these are.
     """
-    num_experts, top_k = len(gate_up), index.shape[1]
+    top_k = index.shape[1]
     chosen, order = index.flatten().sort(stable=True)
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
     ends = torch.searchsorted(chosen, torch.arange(num_experts, device=chosen.device), right=True, out_int32=True)
     nobodys = (chosen == num_experts)[:, None]  # rows that the product neither reads nor writes
-    # one result at a time goes on: of 16 formulas a hundred megabytes each
-    pairs = _Spread.apply(rows.to(gate_up.dtype), order, inverse, top_k).masked_fill(nobodys, 0)
-    pairs = activate(grouped_mm(pairs, gate_up.transpose(1, 2), offs=ends))
-    pairs = grouped_mm(pairs, down.transpose(1, 2), offs=ends).masked_fill(nobodys, 0)
+    pairs = _Spread.apply(rows, order, inverse, top_k).masked_fill(nobodys, 0)
+    pairs = _product(activate(_product(pairs, gate_up, ends)), down, ends).masked_fill(nobodys, 0)
     answers = _Taken.apply(pairs, inverse, order).unflatten(0, (-1, top_k))
     return (answers * weights[..., None].to(answers.dtype)).sum(1).to(rows.dtype)
+
+
+def _product(rows: torch.Tensor, weights: torch.nn.Parameter, ends: torch.Tensor) -> torch.Tensor:
+    """(pairs, out): the rows (pairs, in) up to each of `ends` (experts,) by that expert's weights (out, in)."""
+    if quantization.is_rounded(weights):
+        return _RoundedProduct.apply(rows, weights, ends)
+    return grouped_mm(rows.to(weights.dtype), weights.transpose(1, 2), offs=ends)
+
+
+class _RoundedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, weights: torch.nn.Parameter, ends: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(ends)
+        ctx.weights = weights
+        whole = quantization.whole(weights)
+        return grouped_mm(rows.to(whole.dtype), whole.transpose(1, 2), offs=ends).to(rows.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        (ends,) = ctx.saved_tensors
+        whole = quantization.whole(ctx.weights)
+        return grouped_mm(grad.to(whole.dtype).contiguous(), whole, offs=ends).to(grad.dtype), None, None
 
 
 class _Spread(torch.autograd.Function):

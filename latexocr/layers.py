@@ -21,6 +21,7 @@ from transformers.activations import QuickGELUActivation
 
 from latexocr import lora
 from latexocr.experts import apply_experts
+from latexocr.quantization import is_rounded
 
 ROTARY = ("apply_rotary_pos_emb", "apply_rotary_pos_emb_vision")
 
@@ -42,6 +43,13 @@ def fuse_layers(model: torch.nn.Module) -> None:
                 setattr(module, name, _fused_rotary(function))
 
 
+def fuse_rounded_experts(model: torch.nn.Module) -> None:
+    """Stacked experts in 4 bits: transformers cannot compute with them, anywhere."""
+    for part in model.modules():
+        if is_rounded(part._parameters.get("gate_up_proj")):
+            part.__class__ = _fused_class(part)
+
+
 def _fused_class(part: torch.nn.Module) -> type | None:
     kind = type(part)
     if issubclass(kind, _Fused):
@@ -54,7 +62,7 @@ def _fused_class(part: torch.nn.Module) -> type | None:
         forward = FusedRMSNorm
     elif all(hasattr(part, name) for name in ("gate_proj", "up_proj", "down_proj")) and _is_silu(part):
         forward = FusedGatedMlp
-    elif hasattr(part, "gate_up_proj") and hasattr(part, "num_experts") and _is_silu(part):
+    elif "gate_up_proj" in part._parameters and hasattr(part, "num_experts") and _is_silu(part):
         forward = FusedExperts
     elif all(hasattr(part, name) for name in ("text_moe", "vision_moe", "shared_experts")):
         forward = FusedModalityExperts
@@ -112,7 +120,8 @@ class FusedExperts(_Fused):
     """`apply_experts`, anywhere: where transformers (5.23) has an index for no expert, it means other ranks' ones."""
 
     def forward(self, rows: torch.Tensor, index: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        return apply_experts(rows, index, weights, self.gate_up_proj, self.down_proj, self._activate)
+        stacks = self.gate_up_proj, self.down_proj
+        return apply_experts(rows, index, weights, *stacks, self._activate, self.num_experts)
 
     def _activate(self, gate_and_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_and_up.chunk(2, dim=-1)

@@ -23,6 +23,7 @@ from latexocr.contract import Contract, write_text
 from latexocr.errors import InputError
 from latexocr.families import Family, families, family_of
 from latexocr.images import ImagePolicy
+from latexocr.layers import fuse_rounded_experts
 from latexocr.quantization import (
     PACKAGE,
     SMALL_SHARE,
@@ -31,6 +32,7 @@ from latexocr.quantization import (
     loading_options,
     rounded_share,
     settle,
+    stacked_experts_rounded,
 )
 
 logger = logging.getLogger(__name__)
@@ -184,17 +186,21 @@ def load_base(
     """
     stored = stored_quantization(folder)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    loading: contextlib.AbstractContextManager = contextlib.nullcontext()
     if quantization:
         check_whole(folder, "quantization")
         check_installed(f"{folder} in {quantization.bits} bits")
         shape = _without_weights(folder, trust_remote_code)
-        options |= loading_options(quantization, shape, _to_round(shape, family_in(folder), quantization.parts), dtype)
+        targets = _to_round(shape, family_in(folder), quantization.parts)
+        options |= loading_options(quantization, shape, targets, dtype)
+        if "experts" in quantization.parts:
+            loading = stacked_experts_rounded(targets)
     elif stored == PACKAGE:
         check_installed(f"{folder}, stored in 4 or 8 bits,", "take the whole checkpoint")
     if quantization or stored:
         options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
     try:
-        with no_progress_bars():
+        with no_progress_bars(), loading:
             model, info = AutoModelForImageTextToText.from_pretrained(
                 folder, use_safetensors=True, output_loading_info=True, **options
             )
@@ -206,8 +212,9 @@ def load_base(
     model = _with_fast_patches(model)
     if "device_map" in options:  # the weights are where they belong
         settle(model, dtype)
+        fuse_rounded_experts(model)
         if quantization and not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-            _say_what_is_rounded(model, quantization)
+            _say_what_is_rounded(model, family_in(folder), quantization)
         return _dequantized(model, dtype) if whole and stored else model
     return model if device is None else model.to(device)
 
@@ -227,14 +234,16 @@ def _to_round(shape: PreTrainedModel, family: Family, parts: Sequence[str]) -> s
     return "|".join(targets)
 
 
-def _say_what_is_rounded(model: PreTrainedModel, quantization: Quantization) -> None:
-    """bitsandbytes rounds linear layers only, and says nothing of all else: of ERNIE's stacked experts, say."""
+def _say_what_is_rounded(model: PreTrainedModel, family: Family, quantization: Quantization) -> None:
+    """Only linear layers are rounded unless one asks for more, and of ERNIE's weights most are stacked experts."""
     share = rounded_share(model)
     logger.info(f"{quantization.bits} bits: {share:.0%} of the weights")
     if share < SMALL_SHARE:
+        more = "experts" in family.lora_targets and "experts" not in quantization.parts
         logger.warning(
             f"only {share:.0%} of the weights are in {quantization.bits} bits, so that little memory is saved: the "
-            f"others are no linear layers of {' or '.join(quantization.parts)} (embeddings, stacked experts)"
+            f"others are no linear layers of {' or '.join(quantization.parts)}"
+            f"{'; --load_in_4bit true --quantized_parts language experts rounds those of the experts' if more else ''}"
         )
 
 

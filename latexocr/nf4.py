@@ -79,7 +79,7 @@ def takes(state: Any) -> bool:
     """Whether a weight with this `bitsandbytes.functional.QuantState` is in the format above."""
     return (
         state.quant_type == "nf4" and state.nested and state.blocksize == BLOCK and state.state2.blocksize == 256
-        and state.shape[1] % 2 == 0
+        and state.shape[-1] % 2 == 0
     )  # fmt: skip
 
 
@@ -89,14 +89,14 @@ def whole_beside(
     """W|0|B|0 (rows, in + before + r + behind) in the type of `b`.
 
     Args:
-        packed: the bytes of W (out, in).
+        packed: the bytes of W (out, in), or of several below each other (experts, out, in).
         state: its `bitsandbytes.functional.QuantState`, see `takes`.
         b: (rows, r), contiguous.
         before: columns of zeros between W and B.
         behind: columns of zeros after B.
         first: row of W that stands beside the first of B.
     """
-    (num_rows, rank), num_columns, scales = b.shape, state.shape[1], state.state2
+    (num_rows, rank), num_columns, scales = b.shape, state.shape[-1], state.state2
     out = b.new_empty(num_rows, num_columns + before + rank + behind)
     _whole_kernel[(triton.cdiv(num_rows, ROWS), triton.cdiv(num_columns, COLUMNS) + 1)](
         packed, _pairs(packed.device), state.absmax, scales.code, scales.absmax, state.offset, b, out, first, num_rows,

@@ -5,13 +5,16 @@ quantisation"), 0.516 bytes a weight in all; they become 16-bit numbers when a l
 trained as always. 8 bits: LLM.int8 (arXiv:2208.07339). bitsandbytes does both, and has kernels for the CPU too.
 
 Only linear layers inside the named parts are rounded: the decoder by default. The vision tower, its merger and the
-head are a small share of the memory and the first to lose accuracy.
+head are a small share of the memory and the first to lose accuracy. Experts that are stacked in one parameter, which
+transformers and bitsandbytes leave as they are, can be in 4 bits, too.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -21,9 +24,11 @@ from latexocr.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-ROUNDABLE = ("language", "vision", "merger", "head")
+ROUNDABLE = ("language", "vision", "merger", "head", "experts")
 SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little to be had in exchange for accuracy
+BLOCK = 64  # weights a scale
 PACKAGE = "bitsandbytes"
+STOCK = "bitsandbytes_4bit"  # by which transformers finds what rounds
 INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
 
 
@@ -33,7 +38,7 @@ class Quantization:
 
     Args:
         bits: 4 (NF4 with double quantisation) or 8 (LLM.int8).
-        parts: of the model whose linear layers are rounded: language, vision, merger, head.
+        parts: of the model whose linear layers are rounded: language, vision, merger, head; and in 4 bits experts.
     """
 
     bits: Literal[4, 8] = 4
@@ -44,6 +49,8 @@ class Quantization:
         if unknown or not self.parts:
             given = f"{unknown[0]!r} is none of" if unknown else "is empty: name at least one of"
             raise InputError(f"quantized_parts: {given} {list(ROUNDABLE)}")
+        if self.bits == 8 and "experts" in self.parts:
+            raise InputError("quantized_parts: experts are no layers, and can be in 4 bits only: add load_in_4bit")
 
     def __str__(self) -> str:
         return f"{self.bits}-bit {', '.join(self.parts)}"
@@ -81,6 +88,48 @@ def loading_options(
             llm_int8_skip_modules=kept_modules(shape, targets),
         )
     }
+
+
+@contextlib.contextmanager
+def stacked_experts_rounded(targets: str) -> Iterator[None]:
+    """Let `from_pretrained` put stacked experts in 4 bits, too, one by one while it reads them.
+
+    transformers (5.17 to 5.23) rounds the weights of linear layers only, and has no other way in than the class that
+    stands in its table.
+
+    Args:
+        targets: expression of the parameters' paths.
+    """
+    from bitsandbytes.nn import Linear4bit, Params4bit
+    from transformers.integrations.bitsandbytes import Bnb4bitQuantize
+    from transformers.quantizers import auto
+    from transformers.quantizers.quantizer_bnb_4bit import Bnb4BitHfQuantizer
+
+    class Rounding(Bnb4bitQuantize):
+        def convert(self, input_dict: dict[str, Any], *, model: Any, **more: Any) -> dict[str, Any]:
+            found = {}
+            for name, given in input_dict.items():
+                if isinstance(model.get_submodule(name.rpartition(".")[0]), Linear4bit):
+                    found |= super().convert({name: given}, model=model, **more)
+                else:
+                    value = given[0] if isinstance(given, list) else given
+                    found[name] = Params4bit(value, quant_type="nf4", blocksize=BLOCK).to(value.device)
+            return found
+
+    class Quantizer(Bnb4BitHfQuantizer):
+        def param_needs_quantization(self, model: Any, param_name: str, **more: Any) -> bool:
+            stacked = re.fullmatch(targets, f".{param_name}") is not None
+            return stacked or super().param_needs_quantization(model, param_name, **more)
+
+        def get_quantize_ops(self) -> Rounding:
+            return Rounding(self)
+
+    before = auto.AUTO_QUANTIZER_MAPPING[STOCK]
+    auto.AUTO_QUANTIZER_MAPPING[STOCK] = Quantizer
+    try:
+        yield
+    finally:
+        auto.AUTO_QUANTIZER_MAPPING[STOCK] = before
 
 
 def kept_modules(model: torch.nn.Module, targets: str, name: str = "") -> list[str]:
@@ -135,11 +184,28 @@ def whole_beside(
     return torch.cat([weights(layer, b.dtype)[rows], pad(b, (before, behind))], dim=1)
 
 
+def is_rounded(parameter: torch.nn.Parameter | None) -> bool:
+    """Whether a parameter is in 4 bits."""
+    return getattr(parameter, "quant_state", None) is not None
+
+
 def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
     """(out, in) numbers of a 4-bit layer."""
+    return whole(layer.weight).to(dtype)
+
+
+def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
+    """The numbers of a parameter in 4 bits, in the shape and the type that it had."""
+    packed, state = parameter.data, parameter.quant_state
+    if packed.is_cuda and _has_triton():
+        from latexocr import nf4
+
+        if nf4.takes(state):
+            nothing = packed.new_empty(state.shape[:-1].numel(), 0, dtype=state.dtype)
+            return nf4.whole_beside(packed, state, nothing, 0, 0).view(state.shape)
     from bitsandbytes.functional import dequantize_4bit
 
-    return dequantize_4bit(layer.weight.data, layer.weight.quant_state).to(dtype)
+    return dequantize_4bit(packed, state)
 
 
 @cache
@@ -158,5 +224,6 @@ def rounded_share(model: torch.nn.Module) -> float:
 
 def num_weights(parameter: torch.nn.Parameter) -> int:
     """How many weights a parameter holds: two share a byte in 4 bits, and a shard of ZeRO-3 knows the whole."""
-    state = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+    if is_rounded(parameter):
+        return parameter.quant_state.shape.numel()
+    return getattr(parameter, "ds_numel", parameter.numel())

@@ -22,7 +22,7 @@ def test_two_experts_by_hand():
     rows = torch.tensor([[1.0, 2, 3, 4], [5, 6, 7, 8], [9, 9, 9, 9]], requires_grad=True)
     index = torch.tensor([[1, 0], [1, 2], [2, 2]])
     weights = torch.tensor([[0.5, 0.25], [1.0, 1.0], [1.0, 1.0]], requires_grad=True)
-    answers = apply_experts(rows, index, weights, gate_up, down, lambda pairs: pairs)
+    answers = apply_experts(rows, index, weights, gate_up, down, lambda pairs: pairs, 2)
     assert answers.tolist() == [[1.25, 2.5, 3.75, 5], [10, 12, 14, 16], [0, 0, 0, 0]]
     answers.sum().backward()
     assert rows.grad[:, 0].tolist() == [1.25, 2, 0]
@@ -32,9 +32,7 @@ def test_two_experts_by_hand():
 def test_experts_that_nobody_chose_are_not_read():
     """Also where no row has an expert: text only, and the experts of images."""
     gate_up, down = torch.full((2, 4, 4), float("nan")), torch.full((2, 4, 4), float("nan"))
-    answers = apply_experts(
-        torch.ones(3, 4), torch.full((3, 2), 2), torch.ones(3, 2), gate_up, down, lambda pairs: silu(pairs)
-    )
+    answers = apply_experts(torch.ones(3, 4), torch.full((3, 2), 2), torch.ones(3, 2), gate_up, down, silu, 2)
     assert answers.tolist() == [[0] * 4] * 3
 
 

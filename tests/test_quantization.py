@@ -170,15 +170,57 @@ def test_the_head_in_4_bits(config, tiny, tmp_path, monkeypatch):
     assert "lm_head" in rounded_layers(inner_model(LatexOCR.from_pretrained(result.adapter_dir).model))
 
 
+@requires_bitsandbytes
+def test_stacked_experts_in_4_bits(config, tiny_models, caplog, tmp_path):
+    """Logits and gradients are those of the model whose weights have the rounded values; a run trains, is loaded as it
+    was trained, and is merged. 21 layers and 8 stacks are half of the tiny ERNIE."""
+    ernie, both = tiny_models["ernie4_5_vl_moe"], Quantization(4, ("language", "experts"))
+    caplog.set_level("INFO", logger="latexocr")
+    rounded = load_base(ernie, dtype=torch.float32, device="cpu", quantization=both)
+    assert caplog.messages == ["4 bits: 52% of the weights"]
+    whole = load_base(ernie, dtype=torch.float32)
+    for name, parameter in rounded.named_parameters():
+        if quantization.is_rounded(parameter):
+            whole.get_parameter(name).data.copy_(quantization.whole(parameter))
+    stacks = [
+        name for name, each in rounded.named_parameters() if ".experts." in name and quantization.is_rounded(each)
+    ]
+    assert len(stacks) == 8 and num_weights(rounded.get_parameter(stacks[0])) == whole.get_parameter(stacks[0]).numel()
+    found = []
+    for model in (rounded, whole):
+        embeddings = model.get_input_embeddings()(torch.arange(12)[None]).detach().requires_grad_()
+        logits = model.model.language_model(inputs_embeds=embeddings).last_hidden_state
+        logits.square().sum().backward()
+        found.append((logits, embeddings.grad))
+    for ours, theirs in zip(*found, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+
+    options = dict(model_name_or_path=str(ernie), load_in_4bit=True, quantized_parts=["language", "experts"])
+    with pytest.raises(
+        InputError, match=r"experts of ERNIE-4\.5-VL in 4 bits cannot be adapted: leave experts out of"
+    ):
+        train(config(**options, lora_components=["experts"], lora_dropout=0))
+    result = train(config(**options))
+    assert len(logged(tmp_path / "run")) == 3
+    again = inner_model(LatexOCR.from_pretrained(result.adapter_dir).model)
+    assert quantization.is_rounded(again.get_parameter(stacks[0]))
+    merged = merge(result.adapter_dir, tmp_path / "merged", images=[PICTURE])
+    assert merged.merged.mean < 1e-4 < merged.rounded_base.mean
+
+
 def test_what_cannot_be_had_is_refused(config, tiny, monkeypatch):
     with pytest.raises(InputError, match="exclude each other"):
         config(load_in_4bit=True, load_in_8bit=True)
     with pytest.raises(InputError, match="load_in_4bit rounds weights that --finetuning full trains"):
         config(load_in_4bit=True, finetuning="full")
     with pytest.raises(
-        InputError, match=r"quantized_parts: 'tail' is none of \['language', 'vision', 'merger', 'head'\]"
+        InputError, match=r"quantized_parts: 'tail' is none of \['language', 'vision', 'merger', 'head', 'experts'\]"
     ):
         config(load_in_4bit=True, quantized_parts=["tail"])
+    with pytest.raises(InputError, match="experts are no layers, and can be in 4 bits only"):
+        config(load_in_8bit=True, quantized_parts=["experts"])
+    with pytest.raises(InputError, match=r"'experts' is none of \[.*\] \(Qwen2-VL\)"):
+        train(config(load_in_4bit=True, quantized_parts=["experts"]))
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "bitsandbytes" else find(name))
     for options in ({"load_in_4bit": True}, {"optim": "adamw_8bit"}, {"optim": "paged_adamw_8bit"}):

@@ -26,6 +26,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "qlora": {"load_in_4bit": True, "optim": "adamw_8bit"},
     "qlora_vision": {"load_in_4bit": True, "optim": "adamw_8bit", "quantized_parts": "language,vision,merger"},
     "qlora_head": {"load_in_4bit": True, "optim": "adamw_8bit", "quantized_parts": "language,vision,merger,head"},
+    "qlora_experts": {"load_in_4bit": True, "optim": "adamw_8bit", "quantized_parts": "language,experts"},
     "qlora_cached": {"load_in_4bit": True, "optim": "adamw_8bit", "cache_vision_features": True},
     "full": {"finetuning": "full", "learning_rate": 1e-5},
     "full8bit": {"finetuning": "full", "learning_rate": 1e-5, "optim": "adamw_8bit"},
