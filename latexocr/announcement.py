@@ -9,6 +9,7 @@ import numpy as np
 from latexocr.adapters import trainable_parameters
 from latexocr.dataset import Selection
 from latexocr.families import Family
+from latexocr.host_embedding import host_tables
 from latexocr.optimizers import learning_rates
 from latexocr.preprocess import decode_sample
 from latexocr.quantization import num_weights
@@ -23,7 +24,8 @@ def announce(
 ) -> str:
     """Parameters, rows, tokens, steps, the first example decoded."""
     config, preprocessor = trainer.args, trainer.train_dataset.preprocessor
-    total = sum(num_weights(parameter) for parameter in trainer.model.parameters())
+    weights = [*trainer.model.parameters(), *host_tables(trainer.model)]
+    total = sum(map(num_weights, weights))
     parts = trainable_parameters(trainer.model)
     trained = sum(count for count, _ in parts.values())
     rates = learning_rates(trainer.model, preprocessor.family, config)
@@ -38,7 +40,7 @@ def announce(
         batch = f"about {batch:.1f}"
     lines = [
         f"model       {config.model_name_or_path} ({trainer.contract.model_type}), {total:,} parameters, "
-        f"{_arithmetic(config)} on {config.device}",
+        f"{_arithmetic(config)} on {config.device}" + ", embeddings on the host" * config.offload_embeddings,
         f"trainable   {trained:,} ({100 * trained / total:.2f}%): {where}",
         f"train       {first}{len(training.records):,} records, {len(training.dropped):,} dropped as overlong; "
         f"tokens a record: {_statistics(training)}",

@@ -99,6 +99,9 @@ class TrainOptions:
     quantized_parts: list[str] = option(
         ["language"], "what 4 or 8 bits hold: language, vision, merger, head; 4 bits also experts"
     )
+    offload_embeddings: bool = option(
+        False, "the frozen table of embeddings stays in the host's memory, where the GPU reads its rows"
+    )
     router_aux_loss_coef: float | None = option(
         None, "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)"
     )

@@ -1,4 +1,4 @@
-"""Triton kernels of the training step: LoRA with its dropout, norms, gates and positions, and cross-entropy.
+"""Triton kernels of the training step: LoRA with its dropout, norms, gates, positions, embeddings, cross-entropy.
 
 Why our own: dropout before an adapter makes a copy of every layer's input, and the adapter's thin products read and
 write it again; together that costs half as much time as the frozen layer itself. Here a mask is a function of seed and
@@ -241,6 +241,31 @@ class Copies:
         _copy_kernel[(len(self._blocks),)](
             self._tensors, self._blocks, DTYPE=self._dtype, BLOCK=2 * ELEMENTS, num_warps=8
         )
+
+
+@triton.jit
+def _take_rows_kernel(table, ids, out, num_columns, BLOCK: tl.constexpr):
+    place = tl.program_id(0).to(tl.int64)
+    source = table + tl.load(ids + place).to(tl.int64) * num_columns
+    for start in range(0, num_columns, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        values = tl.load(source + columns, mask=columns < num_columns)
+        tl.store(out + place * num_columns + columns, values, mask=columns < num_columns)
+
+
+def take_rows(table: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Rows (..., width) of `table` (rows, width), on the device of `ids` (...).
+
+    Over the bus an H200 reads 192 rows of 3,584 16-bit numbers in 0.03 ms, 2,752 in 0.39.
+
+    Args:
+        table: contiguous; on the device, or in the host's pinned memory.
+        ids: row numbers, all of them in the table: this is not checked.
+    """
+    ids, num_columns = ids.contiguous(), table.shape[1]
+    out = torch.empty(*ids.shape, num_columns, dtype=table.dtype, device=ids.device)
+    _take_rows_kernel[(ids.numel(),)](table, ids, out, num_columns, BLOCK=1024)
+    return out
 
 
 @triton.jit

@@ -228,10 +228,14 @@ def _to_round(shape: PreTrainedModel, family: Family, parts: Sequence[str]) -> s
     layers = [part for part in parts if part != "head"]
     targets = [family.target_regex(layers)] if layers else []
     if "head" in parts:
-        if shape.get_output_embeddings().weight is shape.get_input_embeddings().weight:
+        if _is_tied(shape):
             raise InputError("quantized_parts: the head of this model is its table of embeddings, too; leave head out")
         targets.append(r"\.lm_head")
     return "|".join(targets)
+
+
+def _is_tied(model: PreTrainedModel) -> bool:
+    return model.get_output_embeddings().weight is model.get_input_embeddings().weight
 
 
 def _say_what_is_rounded(model: PreTrainedModel, family: Family, quantization: Quantization) -> None:
@@ -274,6 +278,20 @@ def check_whole(folder: Path, option: str) -> None:
     """
     if stored := stored_quantization(folder):
         raise InputError(f"{folder}: its weights are stored rounded ({stored}) already; leave {option} out")
+
+
+def check_untied(folder: Path, option: str, *, trust_remote_code: bool = False) -> None:
+    """
+    Args:
+        folder: of a checkpoint whose table of embeddings is to be kept apart from the GPU.
+        option: by which the caller was asked for it.
+        trust_remote_code: run Python code that comes with the checkpoint.
+
+    Raises:
+        InputError: the table is the head, too.
+    """
+    if _is_tied(_without_weights(folder, trust_remote_code)):
+        raise InputError(f"{option}: the table of embeddings in {folder} is its head, too; leave it out")
 
 
 def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:

@@ -36,11 +36,13 @@ from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.families import Family
 from latexocr.formats import Access
+from latexocr.host_embedding import keep_on_host
 from latexocr.images import ImagePolicy
 from latexocr.initialisation import loftq, pissa
 from latexocr.metrics.fields import check_fields
 from latexocr.metrics_file import MetricsFile
 from latexocr.modeling import (
+    check_untied,
     check_whole,
     family_in,
     fresh_base,
@@ -313,6 +315,8 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
             quantization=config.quantization,
             trust_remote_code=config.trust_remote_code,
         )
+        if config.offload_embeddings:  # before anything else needs the memory
+            keep_on_host(base)
         pieces = data.preprocessor.new_tokens
         make_room(base, pieces)
         model = add_lora(
@@ -434,6 +438,8 @@ def load_preprocessor(config: TrainConfig) -> tuple[Path, Preprocessor]:
     family = family_in(base_folder)
     if config.quantization:
         check_whole(base_folder, f"load_in_{config.quantization.bits}bit")
+    if config.offload_embeddings:
+        check_untied(base_folder, "offload_embeddings", trust_remote_code=config.trust_remote_code)
     processor = load_processor(base_folder, trust_remote_code=config.trust_remote_code)
     known = Contract.load(base_folder)
     cell = processor.image_processor.patch_size * processor.image_processor.merge_size

@@ -33,7 +33,7 @@ NOT_SHOWN = (
     "run_name", "report_to", "disable_tqdm", "use_cpu", "remove_unused", "ddp_", "log_level", "max_new_tokens",
     "activation_checkpointing", "gradient_checkpointing", "push_to_hub", "trust_remote", "local_rank", "_n_gpu",
     "accelerator_config", "load_best", "metric_for", "flatten", "fused_", "cuda_graphs", "cache_vision", "debug",
-    "do_", "allow_",
+    "do_", "allow_", "offload_",
 )  # fmt: skip
 
 # Fields that say what is trained; a run that goes on repeats them.
@@ -209,6 +209,11 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("lora_init loftq begins with what 4 bits lose: add --load_in_4bit true")
         if self.lora_init == "pissa" and self.quantization:
             raise InputError("lora_init pissa changes weights, which rounded ones cannot: take --lora_init loftq")
+        if self.offload_embeddings and (self.finetuning == "full" or self.new_tokens):
+            trains = "finetuning full" if self.finetuning == "full" else "new_tokens"
+            raise InputError(
+                f"offload_embeddings freezes the table of embeddings, which {trains} trains: leave one out"
+            )
         if self.lora_pattern and self.lora_components != plain.lora_components:
             raise InputError("lora_pattern takes the place of lora_components: leave one out")
 
@@ -285,9 +290,14 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("cuda_graphs needs a GPU, flatten, bf16, and fused_lora or full; leave it out")
         if self.lora_init != "default" and sharded:
             raise InputError(f"lora_init {self.lora_init} needs whole weights (no FSDP, no DeepSpeed): leave it out")
-        for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights", "load_in_4bit", "load_in_8bit"):
+        for name in ("fused_loss", "fused_lora", "cuda_graphs", "average_weights", "load_in_4bit", "load_in_8bit",
+                     "offload_embeddings"):  # fmt: skip
             if getattr(self, name) and sharded:
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
+        if self.offload_embeddings and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise InputError("offload_embeddings serves one GPU, not several ranks: leave it out")
+        if self.offload_embeddings and not (on_gpu and kernels_available()):
+            raise InputError("offload_embeddings saves memory of a GPU that Triton writes kernels for: leave it out")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainConfig:

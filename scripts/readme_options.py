@@ -66,6 +66,9 @@ CHINESE = {
     "what 4 or 8 bits hold: language, vision, merger, head": (
         "以 4 位或 8 位存放的部分：language、vision、merger、head"
     ),
+    "the frozen table of embeddings stays in the host's memory, where the GPU reads its rows": (
+        "冻结的词嵌入表留在主机内存，由 GPU 直接读取所需的行"
+    ),
     "mixture of experts: weight of the loss for unequal use of experts (default: as config.json says)": (
         "混合专家：专家使用不均衡损失的权重（默认：按 config.json）"
     ),

@@ -15,7 +15,7 @@ LAYERS = (
     {"pictures", "likeness", "sources", "formats", "config", "console", "stopping", "shapes"},
     {"averaging", "experts", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar", "video"},
-    {"render", "contract", "attention", "lora", "dialects", "optimizers", "new_tokens"},
+    {"render", "contract", "attention", "lora", "dialects", "optimizers", "new_tokens", "host_embedding"},
     {"layers", "page", "rasterize", "tower"},
     {"modeling", "preprocess", "findings", "synthesize", "info"},
     {"card", "adapters", "placeholders", "dataset"},

@@ -77,6 +77,11 @@ copies = kernels.Copies([torch.zeros(2, 3)], [source])
 del source
 assert held() is not None  # else another tensor could be where the kernel reads
 
+for width in (20, 2500):
+    table, ids = torch.randn(9, width), torch.tensor([[8, 0, 3], [3, 3, 7]])
+    for numbers in (ids, ids.int().T):
+        check(f"take_rows {width} {numbers.dtype}", (kernels.take_rows(table, numbers), table[numbers.long()]))
+
 logits, targets = torch.randn(4, 5000, requires_grad=True), torch.tensor([3, -100, 4999, 0])
 wanted = cross_entropy(logits, targets, reduction="none")
 (0.5 * wanted.sum()).backward()
@@ -229,5 +234,5 @@ def test_fused_layers_under_autocast(run, model_type, tiny_models, records):
 
 def test_kernels_equal_plain_pytorch(run):
     errors = run(CODE)
-    assert len(errors) == 15 + 4 * (importlib.util.find_spec("bitsandbytes") is not None)
+    assert len(errors) == 19 + 4 * (importlib.util.find_spec("bitsandbytes") is not None)
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}
