@@ -210,10 +210,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.lora_init == "pissa" and self.quantization:
             raise InputError("lora_init pissa changes weights, which rounded ones cannot: take --lora_init loftq")
         if self.offload_embeddings and (self.finetuning == "full" or self.new_tokens):
-            trains = "finetuning full" if self.finetuning == "full" else "new_tokens"
-            raise InputError(
-                f"offload_embeddings freezes the table of embeddings, which {trains} trains: leave one out"
-            )
+            trained = "finetuning full" if self.finetuning == "full" else "new_tokens"
+            raise InputError(f"offload_embeddings freezes embeddings, which {trained} trains: leave one out")
         if self.lora_pattern and self.lora_components != plain.lora_components:
             raise InputError("lora_pattern takes the place of lora_components: leave one out")
 
