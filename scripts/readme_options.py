@@ -63,8 +63,8 @@ CHINESE = {
         "QLoRA：冻结的底座以 4 位存放（NF4，双重量化；需 bitsandbytes）"
     ),
     "the frozen base in 8 bits (LLM.int8; bitsandbytes)": ("冻结的底座以 8 位存放（LLM.int8；需 bitsandbytes）"),
-    "what 4 or 8 bits hold: language, vision, merger, head": (
-        "以 4 位或 8 位存放的部分：language、vision、merger、head"
+    "what 4 or 8 bits hold: language, vision, merger, head; 4 bits also experts": (
+        "以 4 位或 8 位存放的部分：language、vision、merger、head；4 位时还可有 experts"
     ),
     "the frozen table of embeddings stays in the host's memory, where the GPU reads its rows": (
         "冻结的词嵌入表留在主机内存，由 GPU 直接读取所需的行"
