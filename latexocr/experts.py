@@ -9,12 +9,13 @@ all others, where the grouped product (`torch.nn.functional.grouped_mm`) does no
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch.nn.functional import grouped_mm
 
-from latexocr import quantization
+from latexocr import lora, quantization
 
 Activate = Callable[[torch.Tensor], torch.Tensor]
 
@@ -39,15 +40,44 @@ def apply_experts(
         activate: (pairs, 2 * inner) -> (pairs, inner).
         num_experts: whose weights these are.
     """
-    top_k = index.shape[1]
     chosen, order = index.flatten().sort(stable=True)
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    ends = torch.searchsorted(chosen, torch.arange(num_experts, device=chosen.device), right=True, out_int32=True)
-    nobodys = (chosen == num_experts)[:, None]  # rows that the product neither reads nor writes
-    pairs = _Spread.apply(rows, order, inverse, top_k).masked_fill(nobodys, 0)
-    pairs = _product(activate(_product(pairs, gate_up, ends)), down, ends).masked_fill(nobodys, 0)
-    answers = _Taken.apply(pairs, inverse, order).unflatten(0, (-1, top_k))
-    return (answers * weights[..., None].to(answers.dtype)).sum(1).to(rows.dtype)
+    count = partial(torch.arange, device=order.device)
+    places = torch.empty_like(order).scatter_(0, order, count(len(order))).view_as(index)
+    ends = torch.searchsorted(chosen, count(num_experts), right=True, out_int32=True)
+    theirs = index < num_experts
+    # one result at a time goes on: of 16 formulas a hundred megabytes each
+    pairs = _Spread.apply(rows, order, places, theirs)
+    pairs = _product(activate(_product(pairs, gate_up, ends)), down, ends)
+    return _WeightedSum.apply(pairs, places, weights.to(pairs.dtype), theirs).to(rows.dtype)
+
+
+def weighted_sum(rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """(tokens, width): the sum of each token's rows, each times its share; rows that are nobody's may hold anything.
+
+    Args:
+        rows: (pairs, width).
+        places: (tokens, k) numbers of rows.
+        shares: (tokens, k).
+        theirs: (tokens, k) of bool: which count.
+    """
+    if lora.takes(rows):
+        from latexocr import kernels
+
+        return kernels.weighted_sum(rows.contiguous(), places, shares.contiguous(), theirs)
+    return (rows[places].masked_fill(~theirs[..., None], 0) * shares[..., None]).sum(1)
+
+
+def weighted_sum_backward(
+    grad: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor, theirs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of rows (those that are somebody's) and shares of `weighted_sum`."""
+    if lora.takes(rows):
+        from latexocr import kernels
+
+        return kernels.weighted_sum_backward(grad.contiguous(), rows.contiguous(), places, shares.contiguous(), theirs)
+    grad_rows = torch.empty_like(rows)
+    grad_rows[places] = grad[:, None] * shares[..., None]
+    return grad_rows, (rows[places].masked_fill(~theirs[..., None], 0) * grad[:, None]).sum(2)
 
 
 def _product(rows: torch.Tensor, weights: torch.nn.Parameter, ends: torch.Tensor) -> torch.Tensor:
@@ -73,29 +103,31 @@ class _RoundedProduct(torch.autograd.Function):
 
 
 class _Spread(torch.autograd.Function):
-    """Each row `top_k` times, in the order of experts."""
+    """Each row once for each of its experts, in the order of experts."""
 
     @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, order: torch.Tensor, inverse: torch.Tensor, top_k: int) -> torch.Tensor:
-        ctx.save_for_backward(inverse)
-        ctx.top_k = top_k
-        return rows[order // top_k]
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        (inverse,) = ctx.saved_tensors
-        return grad[inverse].unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
-
-
-class _Taken(torch.autograd.Function):
-    """Rows in another order: the gradient takes them back, where PyTorch would sort and add."""
-
-    @staticmethod
-    def forward(ctx: Any, rows: torch.Tensor, places: torch.Tensor, back: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(back)
-        return rows[places]
+    def forward(
+        ctx: Any, rows: torch.Tensor, order: torch.Tensor, places: torch.Tensor, theirs: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(places, theirs)
+        return rows[order // places.shape[1]]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:
-        (back,) = ctx.saved_tensors
-        return grad[back], None, None
+        places, theirs = ctx.saved_tensors
+        return weighted_sum(grad, places, theirs.to(grad.dtype), theirs), None, None, None
+
+
+class _WeightedSum(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor, theirs: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.save_for_backward(rows, places, shares, theirs)
+        return weighted_sum(rows, places, shares, theirs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple:
+        rows, places, shares, theirs = ctx.saved_tensors
+        grad_rows, grad_shares = weighted_sum_backward(grad, rows, places, shares, theirs)
+        return grad_rows, None, grad_shares, None

@@ -1,4 +1,5 @@
-"""Triton kernels of the training step: LoRA with its dropout, norms, gates, positions, embeddings, cross-entropy.
+"""Triton kernels of the training step: LoRA with its dropout, norms, gates, positions, embeddings, experts,
+cross-entropy.
 
 Why our own: dropout before an adapter makes a copy of every layer's input, and the adapter's thin products read and
 write it again; together that costs half as much time as the frozen layer itself. Here a mask is a function of seed and
@@ -370,41 +371,115 @@ def rms_norm_backward(grad: torch.Tensor, x: torch.Tensor, weight: torch.Tensor,
 
 
 @triton.jit
-def _swiglu_kernel(gate, up, y, num_elements, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_elements
-    gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
-    ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+def _swiglu_kernel(gate, up, y, num_elements, width, stride, BLOCK: tl.constexpr):
+    part, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    places, sources = part * width + lane, part * stride + lane
+    inside = (lane < width) & (places < num_elements)
+    gates = tl.load(gate + sources, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(up + sources, mask=inside, other=0.0).to(tl.float32)
     activated = (gates * tl.sigmoid(gates)).to(gate.dtype.element_ty).to(tl.float32)
     tl.store(y + places, (activated * ups).to(y.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _swiglu_backward_kernel(grad, gate, up, grad_gate, grad_up, num_elements, BLOCK: tl.constexpr):
-    places = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < num_elements
+def _swiglu_backward_kernel(
+    grad, gate, up, grad_gate, grad_up, num_elements, width, stride, BLOCK: tl.constexpr
+):  # fmt: skip
+    part, lane = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    places, sources = part * width + lane, part * stride + lane
+    inside = (lane < width) & (places < num_elements)
     grads = tl.load(grad + places, mask=inside, other=0.0).to(tl.float32)
-    gates = tl.load(gate + places, mask=inside, other=0.0).to(tl.float32)
-    ups = tl.load(up + places, mask=inside, other=0.0).to(tl.float32)
+    gates = tl.load(gate + sources, mask=inside, other=0.0).to(tl.float32)
+    ups = tl.load(up + sources, mask=inside, other=0.0).to(tl.float32)
     open_share = tl.sigmoid(gates)
     slope = open_share * (1 + gates * (1 - open_share))
-    tl.store(grad_gate + places, (grads * ups * slope).to(grad_gate.dtype.element_ty), mask=inside)
-    tl.store(grad_up + places, (grads * gates * open_share).to(grad_up.dtype.element_ty), mask=inside)
+    tl.store(grad_gate + sources, (grads * ups * slope).to(grad_gate.dtype.element_ty), mask=inside)
+    tl.store(grad_up + sources, (grads * gates * open_share).to(grad_up.dtype.element_ty), mask=inside)
+
+
+def _parts(x: torch.Tensor) -> tuple[int, int, int]:
+    """Elements a program of a kernel over `x`, elements from one program's to the next one's, and a power of two that
+    is not smaller: rows of half a tensor, or of a contiguous one any part."""
+    if x.is_contiguous():
+        return ELEMENTS, ELEMENTS, ELEMENTS
+    return x.shape[-1], x.stride(-2), triton.next_power_of_2(x.shape[-1])
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-    """silu(gate) * up; both contiguous."""
-    y = torch.empty_like(gate)
-    _swiglu_kernel[(triton.cdiv(gate.numel(), ELEMENTS),)](gate, up, y, gate.numel(), BLOCK=ELEMENTS, num_warps=8)
+    """silu(gate) * up; both contiguous, or the halves (rows, columns) of one tensor."""
+    width, stride, block = _parts(gate)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    _swiglu_kernel[(triton.cdiv(gate.numel(), width),)](
+        gate, up, y, gate.numel(), width, stride, BLOCK=block, num_warps=8
+    )
     return y
 
 
-def swiglu_backward(grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of gate and up."""
-    grads = torch.empty_like(gate), torch.empty_like(up)
-    _swiglu_backward_kernel[(triton.cdiv(gate.numel(), ELEMENTS),)](
-        grad, gate, up, *grads, gate.numel(), BLOCK=ELEMENTS, num_warps=8
+def swiglu_backward(
+    grad: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, grads: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Writes the gradients of gate and up, laid out as they are, to `grads`."""
+    width, stride, block = _parts(gate)
+    _swiglu_backward_kernel[(triton.cdiv(gate.numel(), width),)](
+        grad, gate, up, *grads, gate.numel(), width, stride, BLOCK=block, num_warps=8
     )
+
+
+@triton.jit
+def _weighted_sum_kernel(rows, places, shares, theirs, out, num_columns, TOP: tl.constexpr, BLOCK: tl.constexpr):
+    token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside, total = columns < num_columns, tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOP):
+        number = token * TOP + choice
+        there = columns < num_columns * tl.load(theirs + number).to(tl.int32)
+        values = tl.load(rows + tl.load(places + number) * num_columns + columns, mask=there, other=0.0)
+        total += tl.load(shares + number).to(tl.float32) * values.to(tl.float32)
+    tl.store(out + token * num_columns + columns, total.to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _weighted_sum_backward_kernel(
+    grad, rows, places, shares, theirs, grad_rows, grad_shares, num_columns, TOP: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    token, columns = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    inside = columns < num_columns
+    grads = tl.load(grad + token * num_columns + columns, mask=inside, other=0.0).to(tl.float32)
+    for choice in tl.static_range(TOP):
+        number = token * TOP + choice
+        there = columns < num_columns * tl.load(theirs + number).to(tl.int32)
+        row = tl.load(places + number) * num_columns
+        values = tl.load(rows + row + columns, mask=there, other=0.0).to(tl.float32)
+        share = tl.load(shares + number).to(tl.float32)
+        tl.store(grad_rows + row + columns, (share * grads).to(grad_rows.dtype.element_ty), mask=there)
+        tl.store(grad_shares + number, tl.sum(values * grads).to(grad_shares.dtype.element_ty))
+
+
+def weighted_sum(rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
+    """(tokens, width): the sum of each token's rows, each times its share; rows that nobody has are not read.
+
+    Args:
+        rows: (pairs, width), contiguous.
+        places: (tokens, k) numbers of rows.
+        shares: (tokens, k), contiguous.
+        theirs: (tokens, k) of bool, contiguous: which count.
+    """
+    out = rows.new_empty(len(places), rows.shape[1])
+    _weighted_sum_kernel[(len(places),)](
+        rows, places, shares, theirs, out, rows.shape[1], TOP=places.shape[1],
+        BLOCK=triton.next_power_of_2(rows.shape[1]), num_warps=8,
+    )  # fmt: skip
+    return out
+
+
+def weighted_sum_backward(
+    grad: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor, theirs: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients of rows, only those that somebody has, and shares of `weighted_sum`."""
+    grads = torch.empty_like(rows), torch.empty_like(shares)
+    _weighted_sum_backward_kernel[(len(places),)](
+        grad, rows, places, shares, theirs, *grads, rows.shape[1], TOP=places.shape[1],
+        BLOCK=triton.next_power_of_2(rows.shape[1]), num_warps=8,
+    )  # fmt: skip
     return grads
 
 
@@ -521,7 +596,7 @@ def _rehearsals(rank: int, dropout: bool, dtype: torch.dtype, device: int) -> li
             lora_grad_x(new(rows, columns + width), new(width, columns), seeds(adapters), threshold, 1.0)
 
     def elementwise() -> None:
-        swiglu_backward(grads, one, swiglu(one, one))
+        swiglu_backward(grads, one, swiglu(one, one), (new(rows, columns), new(rows, columns)))
         quick_gelu(one)
         Copies([new(rows, columns)], [plain(rows, columns)])()
         cross_entropy_in_place(one, plain(rows, dtype=torch.long), plain(()), -100)

@@ -124,8 +124,10 @@ class FusedExperts(_Fused):
         return apply_experts(rows, index, weights, *stacks, self._activate, self.num_experts)
 
     def _activate(self, gate_and_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_and_up.chunk(2, dim=-1)
-        return _SwiGLU.apply(gate, up) if lora.takes(gate) else self.act_fn(gate) * up
+        if lora.takes(gate_and_up):
+            return _StackedSwiGLU.apply(gate_and_up)
+        gate, up = gate_and_up.chunk(2, dim=1)
+        return self.act_fn(gate) * up
 
 
 class FusedModalityExperts(_Fused):
@@ -204,7 +206,31 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         from latexocr import kernels
 
-        return kernels.swiglu_backward(grad.contiguous(), *ctx.saved_tensors)
+        gate, up = ctx.saved_tensors
+        grads = torch.empty_like(gate), torch.empty_like(up)
+        kernels.swiglu_backward(grad.contiguous(), gate, up, grads)
+        return grads
+
+
+class _StackedSwiGLU(torch.autograd.Function):
+    """Gate and up side by side: (rows, 2 * inner) -> (rows, inner)."""
+
+    @staticmethod
+    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
+        from latexocr import kernels
+
+        both = both.contiguous()
+        ctx.save_for_backward(both)
+        return kernels.swiglu(*both.chunk(2, dim=1))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        from latexocr import kernels
+
+        (both,) = ctx.saved_tensors
+        grads = torch.empty_like(both)
+        kernels.swiglu_backward(grad.contiguous(), *both.chunk(2, dim=1), grads.chunk(2, dim=1))
+        return grads
 
 
 class _QuickGELU(torch.autograd.Function):

@@ -15,7 +15,7 @@ CODE = """
 import importlib.util, json, sys, weakref
 import torch
 from torch.nn.functional import cross_entropy, silu
-from latexocr import kernels, lora, loss
+from latexocr import experts, kernels, layers, lora, loss
 
 torch.manual_seed(0)
 found = {}
@@ -35,8 +35,26 @@ gate, up = (torch.randn(3, 1500, requires_grad=True) for _ in range(2))
 grad = torch.randn(3, 1500)
 wanted = silu(gate) * up
 wanted.backward(grad)
-grads = kernels.swiglu_backward(grad, gate.detach(), up.detach())
+grads = torch.empty_like(grad), torch.empty_like(grad)
+kernels.swiglu_backward(grad, gate.detach(), up.detach(), grads)
 check("swiglu", (kernels.swiglu(gate.detach(), up.detach()), wanted), (grads[0], gate.grad), (grads[1], up.grad))
+
+both, grad_y = torch.randn(5, 2 * 300, requires_grad=True), torch.randn(5, 300)
+y = layers._StackedSwiGLU.apply(both)
+(found_grad,) = torch.autograd.grad(y, both, grad_y)
+wanted = silu(both[:, :300]) * both[:, 300:]
+check("stacked swiglu", (y, wanted), (found_grad, torch.autograd.grad(wanted, both, grad_y)[0]))
+
+rows, shares, grad_y = torch.randn(8, 300), torch.randn(4, 2), torch.randn(4, 300)
+places = torch.randperm(8).view(4, 2)
+theirs = torch.tensor([[1, 1], [1, 0], [0, 0], [0, 1]]).bool()
+rows[places[~theirs]] = float("nan")
+results = []
+for takes in (False, True):
+    lora.takes = lambda x: takes
+    grads = experts.weighted_sum_backward(grad_y, rows, places, shares, theirs)
+    results.append((experts.weighted_sum(rows, places, shares, theirs), grads[0][places[theirs]], grads[1]))
+check("weighted sum", *zip(*results[::-1]))
 
 x = torch.randn(3, 1500, requires_grad=True)
 wanted = x * torch.sigmoid(1.702 * x)
@@ -234,5 +252,5 @@ def test_fused_layers_under_autocast(run, model_type, tiny_models, records):
 
 def test_kernels_equal_plain_pytorch(run):
     errors = run(CODE)
-    assert len(errors) == 19 + 4 * (importlib.util.find_spec("bitsandbytes") is not None)
+    assert len(errors) == 21 + 4 * (importlib.util.find_spec("bitsandbytes") is not None)
     assert {name: error for name, error in errors.items() if error > 1e-5} == {}
