@@ -28,7 +28,7 @@ from latexocr.collate import rope_positions
 from latexocr.families import Family, family_of
 from latexocr.layers import fuse_layers
 from latexocr.lora import kernels_available
-from latexocr.modeling import inner_model
+from latexocr.modeling import activation_dtype, inner_model
 from latexocr.preprocess import joined
 from latexocr.tower import Tower, boundaries
 
@@ -86,7 +86,7 @@ def unsupported(model: Any, config: GenerationConfig) -> str | None:
     devices = {parameter.device for parameter in inner.parameters()}
     if len(devices) > 1 or inner.device.type not in ("cpu", "cuda"):
         return f"weights on {', '.join(sorted(map(str, devices)))}"
-    in_16_bits = inner.device.type == "cuda" and inner.dtype != torch.float32
+    in_16_bits = inner.device.type == "cuda" and activation_dtype(inner) != torch.float32
     if in_16_bits and torch.cuda.get_device_capability(inner.device) < VARLEN_CAPABILITY:
         return torch.cuda.get_device_name(inner.device)
     return None
@@ -111,7 +111,7 @@ class Decoder:
     def __init__(self, model: Any, config: GenerationConfig) -> None:
         self._inner = inner_model(model)
         self._text, self._head = self._inner.model.language_model, self._inner.lm_head
-        self._device = self._inner.device
+        self._device, self._dtype = self._inner.device, activation_dtype(self._inner)
         if kernels_available():
             fuse_layers(self._inner)
         ends = config.eos_token_id
@@ -122,7 +122,7 @@ class Decoder:
         self._loras = [(layer, _short(layer)) for layer in self._inner.modules() if _is_plain_lora(layer)]
         self._cache: KeyValues | None = None
         self._graphs: dict[tuple[int, int], torch.cuda.CUDAGraph | None] = {}  # None: ran once as it is
-        waits = self._family.routed and not (kernels_available() and self._inner.dtype == torch.bfloat16)
+        waits = self._family.routed and not (kernels_available() and self._dtype == torch.bfloat16)
         self._captures = self._device.type == "cuda" and not waits
 
     @torch.no_grad()
@@ -190,7 +190,7 @@ class Decoder:
         """All that a step reads and writes. Rows beyond the prompts' are fillers whose answers go into row `rows`."""
         options = {"dtype": torch.long, "device": self._device}
         self._cache = KeyValues(self._inner, rows, length)
-        self._mask = torch.zeros(rows, length, dtype=self._inner.dtype, device=self._device)
+        self._mask = torch.zeros(rows, length, dtype=self._dtype, device=self._device)
         self._tokens, self._positions, self._row_ids = (torch.zeros(rows, **options) for _ in range(3))
         self._finished = torch.zeros(rows, dtype=torch.bool, device=self._device)
         self._answers = torch.zeros(rows + 1, length, **options)
@@ -289,7 +289,7 @@ class Decoder:
         self._positions[here] = self._send(positions[0, ends - 1])
         inputs = {name: self._send(value) if torch.is_tensor(value) else value for name, value in inputs.items()}
         if len(grids):
-            inputs["pixel_values"] = self._normalise(inputs["pixel_values"]).to(self._inner.dtype)
+            inputs["pixel_values"] = self._normalise(inputs["pixel_values"]).to(self._dtype)
         with self._cache.filling(rows, columns):
             logits = self._inner(
                 **inputs,
@@ -378,7 +378,7 @@ class KeyValues:
         layers, heads, head_dim = _shape(model.config.text_config)
         shape = (layers, 2, rows, heads, length, head_dim)
         # zeros: columns that no row has filled are masked, but must be finite numbers
-        self._store = torch.zeros(shape, dtype=model.dtype, device=model.device)
+        self._store = torch.zeros(shape, dtype=activation_dtype(model), device=model.device)
         self.slot = torch.zeros(1, dtype=torch.long, device=model.device)  # the column that a step fills
         self.max_rows, self.length = rows, length
         self.rows, self.capacity = rows, length  # what a step reads
@@ -388,7 +388,7 @@ class KeyValues:
     def row_bytes(model: Any, length: int) -> int:
         """Memory of one answer."""
         layers, heads, head_dim = _shape(model.config.text_config)
-        return 2 * layers * heads * head_dim * length * model.dtype.itemsize
+        return 2 * layers * heads * head_dim * length * activation_dtype(model).itemsize
 
     @contextmanager
     def filling(self, rows: torch.Tensor, columns: torch.Tensor) -> Iterator[None]:

@@ -21,6 +21,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 
 from latexocr.decoding import Answer, Decoder, Normalise
 from latexocr.formats import Record
+from latexocr.modeling import activation_dtype, inner_model
 from latexocr.preprocess import Preprocessor
 
 THOUGHT = "<think>", "</think>"  # what stands between is reasoning, no answer
@@ -86,7 +87,7 @@ def generate(
     """
     tokenizer = preprocessor.processor.tokenizer
     ends = {config.eos_token_id} if isinstance(config.eos_token_id, int) else set(config.eos_token_id)
-    normalise = partial(preprocessor.normalise, dtype=model.dtype)
+    normalise = partial(preprocessor.normalise, dtype=activation_dtype(inner_model(model)))
     rows = (
         decoder(batches, normalise)
         if decoder
@@ -155,7 +156,7 @@ def _stock(
 ) -> list[Answer]:
     length = batch["input_ids"].shape[1]
     inputs = {key: value.to(model.device) for key, value in batch.items() if key != "num_samples"}
-    inputs["pixel_values"] = normalise(inputs["pixel_values"]).to(model.dtype)
+    inputs["pixel_values"] = normalise(inputs["pixel_values"]).to(activation_dtype(inner_model(model)))
     meter = _LossMeter()
     processors = LogitsProcessorList([meter])
     tokens = model.generate(**inputs, generation_config=config, logits_processor=processors, **options)[:, length:]

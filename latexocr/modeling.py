@@ -381,3 +381,9 @@ def greedy_config(processor: Any, family: Family) -> GenerationConfig:
 def inner_model(model: Any) -> Any:
     """The transformers model inside an adapter, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def activation_dtype(model: PreTrainedModel) -> torch.dtype:
+    """The type in which numbers go from layer to layer. `model.dtype` is that of the first parameter that is no
+    integer, and in 4 bits with the embeddings elsewhere that is an adapter's."""
+    return model.model.language_model.norm.weight.dtype

@@ -24,7 +24,7 @@ from latexocr.contract import Contract, write_text
 from latexocr.dataset import Selection
 from latexocr.errors import InputError
 from latexocr.families import family_of
-from latexocr.modeling import inner_model
+from latexocr.modeling import activation_dtype, inner_model
 from latexocr.preprocess import Preprocessor
 from latexocr.records import Records
 from latexocr.stopping import outlive_stop_signals
@@ -259,7 +259,7 @@ class VisionCache:
         pixels, grids = (torch.cat([image[key] for image in images]) for key in ("pixel_values", "image_grid_thw"))
         sizes = (grids.prod(-1) // self.patches_per_token).tolist()
         with self.trainer.accelerator.autocast():
-            features = image_features(model, pixels.to(model.device, model.dtype), grids.to(model.device))
+            features = image_features(model, pixels.to(model.device, activation_dtype(model)), grids.to(model.device))
         return features.cpu().split(sizes)
 
 

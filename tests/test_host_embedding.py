@@ -9,10 +9,13 @@ import pytest
 import torch
 from conftest import MODEL_TYPES, untied
 
+from latexocr.adapters import add_lora
+from latexocr.decoding import KeyValues
 from latexocr.errors import InputError
 from latexocr.host_embedding import HostEmbedding, host_tables, keep_on_host
 from latexocr.metrics_file import read_metrics
-from latexocr.modeling import check_untied, fresh_base, load_base
+from latexocr.modeling import check_untied, family_in, fresh_base, load_base
+from latexocr.quantization import Quantization
 from latexocr.train import train
 
 requires_bitsandbytes = pytest.mark.skipif(
@@ -68,6 +71,16 @@ def test_what_it_does_not_go_with(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="offload_embeddings serves one GPU, not several ranks"):
         config(offload_embeddings=True)
+
+
+@requires_bitsandbytes
+def test_answers_of_rounded_weights_are_kept_in_16_bits(tiny_models, tmp_path):
+    """ERNIE's decoder comes before its tower: without the table, its first weights that are whole are adapters."""
+    base = untied(tiny_models["ernie4_5_vl_moe"], tmp_path / "base")
+    model = load_base(base, dtype=torch.bfloat16, device="cpu", quantization=Quantization())
+    keep_on_host(model)
+    add_lora(model, family_in(base), components=["language"], r=4, alpha=8, dropout=0.0)
+    assert model.dtype == torch.float32 and KeyValues(model, rows=1, length=8)._store.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize("rounded", [False, pytest.param(True, marks=requires_bitsandbytes)])
