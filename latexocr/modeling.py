@@ -11,11 +11,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
 from torch.nn.functional import linear
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
+from transformers.distributed.utils import is_local_dist_rank_0
+from transformers.integrations import is_fsdp_enabled
 from transformers.utils import logging as transformers_logging
 
 from latexocr.checkpoint import ADAPTER_CONFIG, HUB_ID, MODEL_CONFIG, read_json
@@ -184,6 +187,8 @@ def load_base(
     Raises:
         InputError: weights are missing from the files or do not fit the configuration, or cannot be rounded here.
     """
+    if _sent_by_rank_0():
+        return _with_fast_patches(_to_be_filled(_without_weights(folder, trust_remote_code, dtype)))
     stored = stored_quantization(folder)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     loading: contextlib.AbstractContextManager = contextlib.nullcontext()
@@ -294,11 +299,32 @@ def check_untied(folder: Path, option: str, *, trust_remote_code: bool = False) 
         raise InputError(f"{option}: the table of embeddings in {folder} is its head, too; leave it out")
 
 
-def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
-    """The modules of a checkpoint, without memory for their weights."""
+def _without_weights(folder: Path, trust_remote_code: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a checkpoint without memory for its weights, which have the types that they are loaded in; its
+    buffers are real."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    for name, parameter in model.named_parameters():
+        parameter.data = parameter.data.to(torch.float32 if keeps_float32(model, name) else dtype)
+    return model
+
+
+def _sent_by_rank_0() -> bool:
+    """Whether accelerate fills this rank's model when it is sharded. transformers (5.17 to 5.23) reads the weights on
+    every rank all the same: host memory for one model a GPU."""
+    return is_fsdp_enabled() and not is_local_dist_rank_0()
+
+
+def _to_be_filled(model: PreTrainedModel) -> PreTrainedModel:
+    """With weights on the CPU that nobody has written to: they have addresses, by which accelerate knows those of the
+    optimiser, and take no memory."""
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    model.tie_weights()
+    return model
 
 
 def fresh_base(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedModel:

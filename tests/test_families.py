@@ -154,6 +154,22 @@ def test_lora_lands_on_the_layers_that_are_meant(model_type, tiny_models):
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_ranks_that_get_their_weights_from_rank_0(model_type, tiny_models, monkeypatch):
+    """FSDP2 on several GPUs: the same parameters, of the same types, tied alike, and buffers that are filled."""
+    loaded = load_base(tiny_models[model_type], dtype=torch.bfloat16)
+    monkeypatch.setattr("latexocr.modeling._sent_by_rank_0", lambda: True)
+    monkeypatch.setattr("latexocr.modeling.AutoModelForImageTextToText.from_pretrained", None)  # nothing is read
+    waiting = load_base(tiny_models[model_type], dtype=torch.bfloat16)
+    for one, other in ((loaded, waiting), (waiting, loaded)):
+        names = dict(other.named_parameters())
+        for name, parameter in one.named_parameters():
+            assert (parameter.shape, parameter.dtype) == (names[name].shape, names[name].dtype), name
+    assert {parameter.device.type for parameter in waiting.parameters()} == {"cpu"}
+    buffers = dict(loaded.named_buffers())
+    assert buffers and all(torch.equal(value, buffers[name]) for name, value in waiting.named_buffers())
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_gradients_are_where_they_should_be(model_type, tiny_models, batch_of):
     """Adapters on all parts: each has one, nothing else; trained whole: each weight that can have one."""
     batch = batch_of(model_type)
