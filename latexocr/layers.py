@@ -4,7 +4,8 @@ Why: as transformers writes them, they are half a dozen kernels each, and each k
 activations. `torch.compile` makes one kernel of them too, after half a minute of compilation in every new
 environment; these compile while the model loads, and any shape will do.
 
-Modules keep their place, their parameters and their names; only their forward pass changes, and only on a GPU.
+Modules keep their place, their parameters and their names; only their forward pass changes, and but for experts on a
+GPU only.
 Everything is computed in float32 and rounded to the type of the input.
 """
 

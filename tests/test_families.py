@@ -163,7 +163,8 @@ def test_ranks_that_get_their_weights_from_rank_0(model_type, tiny_models, monke
     for one, other in ((loaded, waiting), (waiting, loaded)):
         names = dict(other.named_parameters())
         for name, parameter in one.named_parameters():
-            assert (parameter.shape, parameter.dtype) == (names[name].shape, names[name].dtype), name
+            for fact in ("shape", "dtype", "requires_grad"):
+                assert getattr(parameter, fact) == getattr(names[name], fact), (name, fact)
     assert {parameter.device.type for parameter in waiting.parameters()} == {"cpu"}
     buffers = dict(loaded.named_buffers())
     assert buffers and all(torch.equal(value, buffers[name]) for name, value in waiting.named_buffers())
