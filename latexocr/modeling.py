@@ -322,8 +322,7 @@ def _to_be_filled(model: PreTrainedModel) -> PreTrainedModel:
     optimiser, and take no memory."""
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            place = torch.empty_like(parameter, device="cpu")
-            setattr(module, name, torch.nn.Parameter(place, requires_grad=parameter.requires_grad))
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
     model.tie_weights()
     return model
 
