@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -243,6 +243,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_names(config_class: type, names: Iterable[object]) -> None:
+    """Raises: InputError: a name that is no field of the dataclass; the nearest one is suggested."""
+    known = [item.name for item in fields(config_class) if item.init]
+    for name in names:
+        if name not in known:
+            # ours first: lora_rank means lora_r, although Trainer's local_rank is spelt more alike
+            hint = nearest(str(name), OUR_NAMES, cutoff=0.75) or nearest(str(name), known)
+            raise InputError(f"unknown option {name!r}{hint} (latexocr train --help lists all)")
+
+
 def typed_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """Check names and types of `values` against the fields of a dataclass; strings become what the field needs.
 
@@ -250,13 +260,9 @@ def typed_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
         InputError: an unknown name (with the nearest known one) or a value of the wrong type.
     """
     hints = typing.get_type_hints(config_class)
-    known = [item.name for item in fields(config_class) if item.init]
+    check_names(config_class, values)
     typed = {}
     for name, value in values.items():
-        if name not in known:
-            # ours first: lora_rank means lora_r, although Trainer's local_rank is spelt more alike
-            hint = nearest(str(name), OUR_NAMES, cutoff=0.75) or nearest(str(name), known)
-            raise InputError(f"unknown option {name!r}{hint} (latexocr train --help lists all)")
         if value is False and name.endswith("_strategy"):
             value = "no"  # YAML reads an unquoted no as false
         typed[name] = _convert(name, value, hints[name])
