@@ -80,7 +80,7 @@ def test_every_latexocr_command_parses(monkeypatch):
         else:
             parser_for(verb, getattr(importlib.import_module(module), function)).parse_args(argv)
         seen.append(verb)
-    assert len(seen) == 28
+    assert len(seen) == 30
 
 
 def test_every_flag_in_the_text_exists():
