@@ -230,10 +230,18 @@ class TrainConfig(TrainOptions, TrainingArguments):
 
     def _check_installation(self) -> None:
         """What must be there beside this package: programs to report to, processes to shard over."""
-        known = ("all", "none", *INTEGRATION_TO_CALLBACK)
+        known = {"none": list, **INTEGRATION_TO_CALLBACK}
         for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or ():
+            if name in ("all", "swanlab"):
+                raise InputError(
+                    f"report_to {name}: SwanLab follows a run by itself (--swanlab_mode); name others only"
+                )
             if name not in known:
                 raise InputError(f"report_to is {name!r}{nearest(name, known)} (one of {', '.join(known)})")
+            try:
+                known[name]()
+            except (RuntimeError, ImportError) as error:  # not installed
+                raise InputError(f"report_to {name}: {' '.join(str(error).split())}") from error
         if self.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
             raise InputError(
                 "fsdp shards over several processes, and this is one: start with accelerate launch, or leave it out"

@@ -97,7 +97,9 @@ def test_options_that_do_not_go_together():
         ("--save_strategy steps --save_steps 0", "save_steps is 0, needs more than 0"),
         ("--lora_dropout 1", "lora_dropout is 1, needs a share from 0 to below 1"),
         ("--lora_r 0", "lora_r is 0, needs at least 1"),
-        ("--report_to tensorbord", "report_to is 'tensorbord'; did you mean 'tensorboard'? (one of all, none,"),
+        ("--report_to tensorbord", "report_to is 'tensorbord'; did you mean 'tensorboard'? (one of none,"),
+        ("--report_to swanlab", "report_to swanlab: SwanLab follows a run by itself (--swanlab_mode); name others"),
+        ("--report_to clearml", "report_to clearml: ClearMLCallback requires 'clearml' to be installed"),
         ("--fsdp full_shard", "fsdp shards over several processes, and this is one: start with accelerate launch"),
         ("--deepspeed no.json", "deepspeed is not installed: pip install deepspeed"),
         ("--lr_scheduler_type foo", "option 'lr_scheduler_type': foo is not a valid SchedulerType"),
@@ -113,8 +115,9 @@ def test_values_that_cannot_be_used(options, message):
     """Each is refused with its name before anything is loaded, not by Trainer in a traceback."""
     from latexocr.train import TrainConfig
 
-    if "deepspeed" in options and find_spec("deepspeed"):
-        pytest.skip("deepspeed is installed")
+    for package in ("deepspeed", "clearml"):
+        if package in options and find_spec(package):
+            pytest.skip(f"{package} is installed")
     with pytest.raises(InputError, match=re.escape(message)):
         TrainConfig.from_dict(parse_train_arguments(f"{options} --use_cpu".split()))
 

@@ -147,6 +147,7 @@ def test_a_frozen_tower_is_computed_once(config, tmp_path):
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "usual"), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # names that peft and transformers have between them
 def test_layers_by_an_expression(tiny):
     model = add_lora(load_base(tiny, dtype=torch.float32), family_in(tiny), components=[], r=2, alpha=2, dropout=0.0,
                      pattern=r".*layers\.[01]\..*[qv]_proj|.*merger\.mlp\.0")  # fmt: skip

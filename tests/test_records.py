@@ -32,6 +32,7 @@ def test_one_record_a_line(tmp_path):
     [
         ("[{]", "malformed JSON at line 1"),
         ('{"a": 1}', "needs a list of records"),
+        ("[]", r"t\.json: holds no records; give a file that has some"),
         ('[{"picture": "a.png", "text": "x"}]', r"record 0: needs .* has keys \['picture', 'text'\]"),
         ('["a.png"]', "record 0: needs .* has str"),
         ('[{"conversations": [{"role": "user", "value": "a.png"}]}]', r"with roles \['user'\]"),
