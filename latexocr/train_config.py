@@ -141,6 +141,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.flatten and self.no_random_state and self.bf16 and not sharded
         self._check_fast(on_gpu, sharded)
+        self._check_installation()
         if self.accelerator_config is None and on_gpu:
             self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
         try:
@@ -190,7 +191,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 "save_strategy best keeps what validation finds best, and there is none: add --val_json and evaluate, "
                 "or take --save_strategy epoch"
             )
-        self._check_installation()
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
         known = ["loss", *(METRICS if self.answer_format == "latex" else FIELD_METRICS)]
