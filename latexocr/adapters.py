@@ -5,7 +5,10 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import warnings
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +88,16 @@ def add_lora(
         bias="none",
         **variant,
     )
-    return get_peft_model(model, config)
+    with _old_names():
+        return get_peft_model(model, config)
+
+
+@contextmanager
+def _old_names() -> Iterator[None]:
+    """peft 0.21 asks transformers 5.23 for `is_gradient_checkpointing`, which is not the user's to mend."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        yield
 
 
 def _check_pattern(model: PreTrainedModel, family: Family, pattern: str) -> None:
@@ -168,7 +180,8 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base_folder: Path) -> Pe
     new_tokens = itertools.chain.from_iterable((config.get("trainable_token_indices") or {}).values())
     add_rows(model, max(new_tokens, default=-1) + 1)
     try:
-        peft_model = PeftModel.from_pretrained(model, adapter)
+        with _old_names():
+            peft_model = PeftModel.from_pretrained(model, adapter)
     except (RuntimeError, ValueError) as error:
         raise InputError(f"{adapter}: does not fit {base_folder} ({' '.join(str(error).split())[:300]})") from error
     with safe_open(adapter / ADAPTER_WEIGHTS, framework="pt") as file:

@@ -29,6 +29,10 @@ ELSEWHERE = """\
 Other software must do the same as training did: the picture first, then exactly the prompt below, greedy decoding
 without a repetition penalty until `{end}`, and pictures of the sizes below."""
 READS = {"latex": "formulas as LaTeX", "json": "images as JSON"}
+# see `train_config.NOT_SHOWN`
+OPTIONS = """\
+{options}. What says where files are, how pictures are prepared (above), how validation, saving and logging go, or only
+how fast and in how much memory it runs is left out; all others as latexocr {version} has them by default."""
 MERGE_FIRST = "For vLLM, llama.cpp and others make a whole model: `latexocr merge --adapter DIR --output MERGED`."
 WHOLE = """\
 It is an ordinary transformers checkpoint: `AutoModelForImageTextToText.from_pretrained(DIR)`, or `vllm serve DIR`."""
@@ -57,7 +61,7 @@ def card(found: Info) -> str:
     if found.options:
         options = ", ".join(f"`{text}`" for text in option_texts(found.options))
         version = found.contract.versions.get("latexocr")
-        parts += ["## Training options", f"{options}; all others as latexocr {version} has them by default."]
+        parts += ["## Training options", OPTIONS.format(options=options, version=version)]
     if found.scores:
         parts += ["## Scores", _scores(found)]
     return "\n\n".join(parts) + "\n"

@@ -101,7 +101,7 @@ def _run(verb: str, argv: list[str]) -> int:
     result = function(*words, **arguments)
     if result is not None:
         print(result)
-    return 0
+    return getattr(result, "exit_status", 0)  # a result may be that something is wrong
 
 
 def _with_training_options(verb: str, argv: list[str]) -> int:

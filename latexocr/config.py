@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -33,7 +33,9 @@ class TrainOptions:
     # what to train, on what
     model_name_or_path: str = option("Qwen/Qwen2-VL-2B-Instruct", "base model: a folder or a hub id")
     init_from_config: bool = option(False, "fresh weights from the base's config.json instead of its own (needs full)")
-    hub: Literal["modelscope", "huggingface"] = option("modelscope", "where a hub id is downloaded from")
+    hub: Literal["modelscope", "huggingface"] = option(
+        "modelscope", "where a hub id is downloaded from: modelscope or huggingface"
+    )
     trust_remote_code: bool = option(False, "run Python code that comes with a checkpoint")
     train_json: str | None = option(
         None, "training records: .json or .jsonl, .parquet, a folder that datasets saved, or a hub id[:subset[:split]]"
@@ -41,15 +43,21 @@ class TrainOptions:
     val_json: str | None = option(None, "validation records, likewise; without them nothing is evaluated")
     allow_urls: bool = option(False, "open URLs that records name, once: ~/.cache/latexocr/urls keeps what they hold")
     allow_outside_paths: bool = option(False, "open files that records name outside of their data file's folder")
-    streaming: bool = option(False, "read training records as they come, never all of them (needs max_steps)")
+    streaming: bool = option(
+        False, "read training records (.jsonl, .parquet) as they come, never all of them (needs max_steps)"
+    )
     output_dir: str | None = option("outputs/latexocr", "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/")
     overwrite_output_dir: bool = option(False, "discard an earlier run in output_dir instead of refusing")
 
     # what the model sees; left out, as the base was trained by this library (its latexocr.json), else as said here
     prompt: str | None = option(None, f"the instruction beside every image (default: the base's, else {PROMPT!r})")
-    supervised_turns: Literal["all", "last"] = option("all", "answers of a conversation that are trained")
+    supervised_turns: Literal["all", "last"] = option(
+        "all", "answers of a conversation that are trained: all, or the last"
+    )
     empty_thinking: bool = option(False, "answers without reasoning begin with an empty <think> block")
-    answer_format: Literal["latex", "json"] = option("latex", "what answers are: chooses the metrics of validation")
+    answer_format: Literal["latex", "json"] = option(
+        "latex", "what answers are, latex or json: chooses the metrics of validation"
+    )
     image_mode: Literal["fit", "fixed"] | None = option(
         None, "fit: keep the aspect ratio; fixed: stretch to one size (default: the base's, else fit)"
     )
@@ -66,7 +74,9 @@ class TrainOptions:
         None, "fixed: width in pixels, rounded to whole cells (default: the base's, else 500)"
     )
     max_length: int = option(2048, "longest record in tokens: prompt, image, answer and end token")
-    overlong: Literal["drop", "error"] = option("drop", "a longer record is dropped and counted, or refused")
+    overlong: Literal["drop", "error"] = option(
+        "drop", "drop: a longer record is left out and counted; error: it is refused"
+    )
 
     # what is trained
     finetuning: Literal["lora", "full"] = option("lora", "lora: adapters on frozen weights; full: every weight")
@@ -108,7 +118,10 @@ class TrainOptions:
 
     # against memorising
     token_corruption: float = option(0.0, "share of answer tokens that the decoder is shown wrong in training")
-    augment: str | None = option(None, "style in which each training picture is varied anew in every epoch")
+    augment: str | None = option(
+        None,
+        "style (im2latex, print, scan, pencil, chalk) in which each training picture is varied anew in every epoch",
+    )
 
     # optimisation (TrainingArguments fields with our defaults)
     num_train_epochs: float = option(2.0, "passes over the training records")
@@ -140,7 +153,7 @@ class TrainOptions:
 
     # validation
     eval_strategy: str | None = option(None, "no, steps or epoch (default: epoch when there is a val_json)")
-    save_strategy: str | None = option(None, "no, steps or epoch (default: as eval_strategy, else epoch)")
+    save_strategy: str | None = option(None, "no, steps, epoch or best (default: as eval_strategy, else epoch)")
     save_total_limit: int | None = option(3, "checkpoints kept besides the best one")
     per_device_eval_batch_size: int = option(16, "samples a device in validation")
     generate_batch_size: int = option(128, "samples a device generated at once; fewer where memory is short")
@@ -243,6 +256,16 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
+def check_names(config_class: type, names: Iterable[object]) -> None:
+    """Raises: InputError: a name that is no field of the dataclass; the nearest one is suggested."""
+    known = [item.name for item in fields(config_class) if item.init]
+    for name in names:
+        if name not in known:
+            # ours first: lora_rank means lora_r, although Trainer's local_rank is spelt more alike
+            hint = nearest(str(name), OUR_NAMES, cutoff=0.75) or nearest(str(name), known)
+            raise InputError(f"unknown option {name!r}{hint} (latexocr train --help lists all)")
+
+
 def typed_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
     """Check names and types of `values` against the fields of a dataclass; strings become what the field needs.
 
@@ -250,13 +273,9 @@ def typed_values(config_class: type, values: dict[str, Any]) -> dict[str, Any]:
         InputError: an unknown name (with the nearest known one) or a value of the wrong type.
     """
     hints = typing.get_type_hints(config_class)
-    known = [item.name for item in fields(config_class) if item.init]
+    check_names(config_class, values)
     typed = {}
     for name, value in values.items():
-        if name not in known:
-            # ours first: lora_rank means lora_r, although Trainer's local_rank is spelt more alike
-            hint = nearest(str(name), OUR_NAMES, cutoff=0.75) or nearest(str(name), known)
-            raise InputError(f"unknown option {name!r}{hint} (latexocr train --help lists all)")
         if value is False and name.endswith("_strategy"):
             value = "no"  # YAML reads an unquoted no as false
         typed[name] = _convert(name, value, hints[name])

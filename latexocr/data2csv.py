@@ -100,7 +100,8 @@ def data2csv(
         Paths and counts; printed, it is the summary line.
 
     Raises:
-        InputError: source missing or unusable, hub unreachable, or output folder not writable or not ours.
+        InputError: source missing or unusable, hub unreachable, output folder not writable or not ours, or not one
+            row that can be used (the tables say why).
     """
     output_dir = Path(output_dir).expanduser()
     for name, value in (("max-samples", max_samples), ("num-workers", num_workers)):
@@ -132,6 +133,8 @@ def data2csv(
             _store_rows(found, output_dir, num_rows, num_workers or os.cpu_count() or 1, lock)
             result = _write_tables(output_dir, num_rows)
         shutil.rmtree(output_dir / PARTS, ignore_errors=True)
+    if not result.num_kept:
+        raise InputError(f"{result}: nothing is left to use")
     return result
 
 
@@ -385,7 +388,7 @@ def _read_image(image: bytes | str | None) -> bytes:
     if isinstance(image, str):
         file = Path(image)
         if not file.is_file():
-            raise PictureError("missing image: no such file")
+            raise PictureError(f"missing image: no such file: {file}")
         try:
             image = file.read_bytes()
         except OSError as error:

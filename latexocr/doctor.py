@@ -107,6 +107,11 @@ class Diagnosis:
         # what a stranger wrote must not steer the terminal
         return "\n".join("".join(c if c.isprintable() else "\ufffd" for c in line) for line in lines).rstrip()
 
+    @property
+    def exit_status(self) -> int:
+        """Of the command: 1 where there are problems, 0 for warnings and notes."""
+        return int(any(CHECKS[name].severity == "problem" for name in self.findings))
+
     def _lines(self, case: Case) -> Iterator[str]:
         more = f" and {len(case.rows) - SHOWN_ROWS:,} more" if len(case.rows) > SHOWN_ROWS else ""
         where = ", ".join(self.rows[row].where for row in case.rows[:SHOWN_ROWS])
@@ -176,7 +181,7 @@ def doctor(
         model: checkpoint whose tokenizer counts and whose image options hold (default: the recipe's for Qwen2-VL).
 
     Returns:
-        All findings; printed, it is the text report.
+        All findings; printed, it is the text report. The command's exit status is 1 where one is a problem.
 
     Raises:
         InputError: data or model that cannot be used, or a report that cannot be written.
@@ -252,7 +257,8 @@ def _entries(path: Path) -> Iterator[tuple[str, Encoded, str]]:
                     "shows it, and training refuses media and texts that it cannot use before it starts"
                 )
             content = record.media[0].load(record.where)
-            yield record.where, content if isinstance(content, bytes) else str(content), record.text
+            where = record.where.removeprefix(f"{path.parent}/")
+            yield where, content if isinstance(content, bytes) else str(content), record.text
         return
     for number, row in enumerate(open_source(str(path)).rows()):
         name = f" ({row.image_path})" if row.image_path else ""

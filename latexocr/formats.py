@@ -58,6 +58,7 @@ from latexocr.errors import InputError, nearest
 Kind = Literal["image", "video"]
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 MARKER = re.compile(r"<(image|video)(?:_no_(\d+))?>")
+UNKNOWN_MARKER = re.compile(r"<(?!(?:image|video)_no_)[a-z]+_no_\d+>")
 SHAPES = (
     "[user image path, assistant LaTeX] under 'conversations', or ShareGPT's 'conversations', or 'messages', or "
     "'image' and 'text', or 'text' with markers"
@@ -130,7 +131,7 @@ class Record:
     """One conversation; see the module's docstring.
 
     Args:
-        where: "train.json record 812 (img_0812.png)": how an error names it.
+        where: "data/train.json record 812 (img_0812.png)": how an error names it.
         source: where it comes from, if the file says so: scores are told apart by it.
     """
 
@@ -176,7 +177,7 @@ class Record:
         return self.turns[-1].text
 
 
-def parse(row: object, index: int, path: Path, access: Access = LOCAL) -> Record:
+def parse(row: object, index: int, path: Path, access: Access = LOCAL, name: str | None = None) -> Record:
     """One row of a data file as a record.
 
     Args:
@@ -184,17 +185,18 @@ def parse(row: object, index: int, path: Path, access: Access = LOCAL) -> Record
         index: its number in the file.
         path: the file; relative paths are taken from its folder.
         access: what may be named besides files below that folder.
+        name: of the data, where the user gave another one than this file's: a pattern, a folder, a hub id.
 
     Raises:
         InputError: another shape, a marker without its file, a file without its marker, no answer, a URL or a path
             that is not allowed.
     """
-    where = f"{path} record {index}"
+    where = f"{name or path} record {index}"
     turns = _turns(row, _Files(row, path.parent, access, where), where)
-    name = next((f" ({part.name})" for turn in turns for part in turn.parts if isinstance(part, Media)), "")
+    first = next((f" ({part.name})" for turn in turns for part in turn.parts if isinstance(part, Media)), "")
     source = None if row.get("source") is None else str(row["source"])
     given = row.get("id")
-    return Record(str(index if given is None else given), turns, f"{path.name} record {index}{name}", source)
+    return Record(str(index if given is None else given), turns, f"{where}{first}", source)
 
 
 def is_tutorial(row: object) -> bool:
@@ -241,8 +243,10 @@ class _Files:
         """Number 1 is the first; a number may be used twice."""
         if number not in self._given[kind]:
             have = len(self._given[kind])
+            in_keys = isinstance(self._row, dict) and any(str(key).startswith(f"{kind}_no_") for key in self._row)
+            key = f"{kind}_no_{number}" if in_keys else f"{kind}s"
             raise InputError(
-                f"{self._where}: {marker} has no {kind}: the row names {have} under '{kind}s'; add its path"
+                f"{self._where}: {marker} has no {kind}: the row names {have}; add its path under {key!r}"
             )
         self._used[kind].add(number)
         return self.media(kind, self._given[kind][number], **sampling)
@@ -316,7 +320,7 @@ def _turns(row: object, files: _Files, where: str) -> tuple[Turn, ...]:
         return _tutorial(row, files, where)
     if keys & {"messages", "conversations"}:
         turns = tuple(_conversation(row, files, where))
-    elif "text" in keys and isinstance(row["text"], str) and (MARKER.search(row["text"]) or "answer" in keys):
+    elif "text" in keys and isinstance(row["text"], str) and ("answer" in keys or _has_markers(row["text"])):
         parts = tuple(_parts(row["text"], files, where))
         asked = "answer" in keys
         turns = (Turn("user", parts), Turn("assistant", (row["answer"],))) if asked else (Turn("document", parts),)
@@ -327,6 +331,10 @@ def _turns(row: object, files: _Files, where: str) -> tuple[Turn, ...]:
     _check_order(turns, where)
     files.check_all_used()
     return turns
+
+
+def _has_markers(text: str) -> bool:
+    return bool(MARKER.search(text) or UNKNOWN_MARKER.search(text))
 
 
 def _by_value(row: dict) -> bool:
@@ -350,6 +358,9 @@ def _tutorial(row: dict, files: _Files, where: str) -> tuple[Turn, ...]:
 
 def _other_shape(row: object, where: str, roles: list | None = None) -> InputError:
     found = f"keys {sorted(map(str, row))}" if isinstance(row, dict) else type(row).__name__
+    empty = sorted(str(key) for key, value in row.items() if value is None) if isinstance(row, dict) else []
+    if empty:
+        found += f", of which {', '.join(map(repr, empty))} is empty: fill it, or delete the record"
     return InputError(f"{where}: needs {SHAPES}, has {found}{'' if roles is None else f' with roles {roles}'}")
 
 
@@ -375,6 +386,11 @@ def _conversation(row: dict, files: _Files, where: str) -> Iterator[Turn]:
 def _parts(content: object, files: _Files, where: str) -> Iterator[str | Media]:
     """Text with markers, or a list of parts with a `type`."""
     if isinstance(content, str):
+        if unknown := UNKNOWN_MARKER.search(content):
+            raise InputError(
+                f"{where}: {unknown[0]} is no marker; pictures are <image> or <image_no_1>, videos <video> or "
+                "<video_no_1>"
+            )
         at = 0
         for marker in MARKER.finditer(content):
             if marker.start() > at:
@@ -395,7 +411,7 @@ def _part(part: object, files: _Files, where: str) -> Iterator[str | Media]:
     given = {key: value for key, value in part.items() if value is not None} if isinstance(part, dict) else {}
     kind = given.pop("type", None)
     if kind == "text" and isinstance(given.get("text"), str):
-        yield from _parts(given["text"], files, where) if MARKER.search(given["text"]) else [given["text"]]
+        yield from _parts(given["text"], files, where) if _has_markers(given["text"]) else [given["text"]]
         return
     kind = str(kind).removesuffix("_url")
     if kind not in ("image", "video"):
@@ -433,6 +449,8 @@ def _check_order(turns: tuple[Turn, ...], where: str) -> None:
     for turn in turns:
         if turn.role == "assistant" and not all(isinstance(part, str) for part in turn.parts):
             raise InputError(f"{where}: an assistant turn must be text; only users show pictures and videos")
+        if turn.role == "assistant" and not turn.text.strip():
+            raise InputError(f"{where}: an assistant turn is empty; write the answer or delete the record")
         if turn.role == "assistant" and not isinstance(turn.reasoning, str | None):
             raise InputError(f"{where}: reasoning_content is {turn.reasoning!r:.40}, needs text")
 

@@ -126,8 +126,7 @@ def load_image(source: ImageInput, where: str | None = None) -> Image.Image:
     Raises:
         InputError: missing, empty, corrupt, or of an absurd size.
     """
-    where = where or (str(source) if isinstance(source, str | Path) else f"image ({type(source).__name__})")
-    with _named_errors(where):
+    with _named_errors(where, str(source) if isinstance(source, str | Path) else f"image ({type(source).__name__})"):
         if isinstance(source, Image.Image):
             return flatten(_sized(source))
         if isinstance(source, bytes):
@@ -146,7 +145,7 @@ def image_size(source: Path | bytes, where: str | None = None) -> tuple[int, int
     Raises:
         InputError: missing, empty, not an image, or of an absurd size.
     """
-    with _named_errors(where or (f"image ({len(source)} bytes)" if isinstance(source, bytes) else str(source))):
+    with _named_errors(where, f"image ({len(source)} bytes)" if isinstance(source, bytes) else str(source)):
         size = None if isinstance(source, bytes) else png_size(source)
         if size is not None:
             return size
@@ -283,10 +282,15 @@ def _sized(image: Image.Image) -> Image.Image:
 
 
 @contextlib.contextmanager
-def _named_errors(where: str) -> Iterator[None]:
+def _named_errors(where: str | None, name: str) -> Iterator[None]:
+    """Errors name the image, or its record and where the file was looked for."""
     try:
         yield
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"{where}: no such image file") from error
+    except FileNotFoundError as error:
+        looked = "" if where is None else f" {error.filename}; relative paths begin at the data file's folder"
+        raise InputError(f"{where or name}: no such image file{looked}") from error
+    except IsADirectoryError as error:
+        raise InputError(f"{where or name}: {error.filename} is a folder; name an image file") from error
     except PictureError as error:
-        raise InputError(f"{where}: {error}; delete the record or replace the image") from error
+        way_out = "give another image" if where is None else "delete the record or replace the image"
+        raise InputError(f"{where or name}: {error}; {way_out}") from error

@@ -35,7 +35,9 @@ def learning_rates(model: torch.nn.Module, family: Family, options: TrainOptions
             raise InputError(f"learning_rates: {part!r} is none of {known}{nearest(part, known)} ({family.name})")
         if part not in parts.values():
             trained = ", ".join(dict.fromkeys(parts.values()))
-            raise InputError(f"learning_rates: {part} is not trained here ({trained}); leave it out")
+            raise InputError(
+                f"learning_rates: {part} is not trained here ({trained}); {_to_train(part, family, options)}"
+            )
         if not (0 <= rate < math.inf):
             raise InputError(f"learning_rates: {part} is {rate}, needs a number from 0")
     ratio = options.loraplus_lr_ratio or 1.0
@@ -43,6 +45,16 @@ def learning_rates(model: torch.nn.Module, family: Family, options: TrainOptions
         name: options.learning_rates.get(part, options.learning_rate) * (ratio if ".lora_B." in name else 1.0)
         for name, part in parts.items()
     }
+
+
+def _to_train(part: str, family: Family, options: TrainOptions) -> str:
+    if part == "new_tokens":
+        return "leave it out, or name them: --new_tokens"
+    if options.finetuning == "full":
+        return "leave it out, or take it out of --freeze"
+    adapted = part in (word for key in family.lora_targets for word in key.split("."))
+    components = f"--lora_components {' '.join([*options.lora_components, part])}, or " if adapted else ""
+    return f"leave it out, or train it: {components}--finetuning full"
 
 
 def parameter_groups(

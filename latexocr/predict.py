@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -189,6 +188,8 @@ class LatexOCR:
         from latexocr.decoding import decoder_for
         from latexocr.generate import generate
 
+        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+            raise InputError(f"generate reads a list of images, got one ({type(images).__name__}): write [image]")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, needs at least 1")
         config = self._generation(max_new_tokens, temperature, top_p, min_p)
@@ -253,6 +254,13 @@ class LatexOCR:
             max_new_tokens: longest answer in tokens.
             sampling: temperature, top_p, min_p as for `generate`.
         """
+        if warning := (yield from self.pieces(image, max_new_tokens=max_new_tokens, **sampling)):
+            logger.warning(warning)
+
+    def pieces(
+        self, image: ImageInput, *, max_new_tokens: int = 512, **sampling: Any
+    ) -> Generator[str, None, str | None]:
+        """`stream` that returns the warning, for who names the picture in it."""
         import threading
 
         from latexocr.generate import PieceStreamer, answer_pieces, generate
@@ -261,8 +269,7 @@ class LatexOCR:
         streamer = PieceStreamer(self.preprocessor.processor.tokenizer)
         prompt = self._prompt(image)
         if prompt is None:
-            logger.warning(_nothing().warning)
-            return
+            return _nothing().warning
         batch = self.collate([prompt])
         answers: list[Generated] = []
         failure: list[BaseException] = []
@@ -280,8 +287,7 @@ class LatexOCR:
         thread.join()
         if failure:
             raise failure[0]
-        if warning := self._judged(answers[0]).warning:
-            logger.warning(warning)
+        return self._judged(answers[0]).warning
 
     def _generation(
         self, max_new_tokens: int, temperature: float | None, top_p: float | None, min_p: float | None
@@ -383,6 +389,8 @@ def predict(
     if stream and json:
         raise InputError("--stream and --json exclude each other: tokens as they come are no JSON")
     for image in images:
+        if Path(image).is_dir():
+            raise InputError(f"{image}: a folder; name the images in it: {Path(image) / '*.png'}")
         if not Path(image).is_file():
             raise InputError(f"{image}: no such image file")
     ocr = LatexOCR.from_pretrained(
@@ -392,16 +400,26 @@ def predict(
     sampling = {"max_new_tokens": max_new_tokens, "temperature": temperature, "top_p": top_p, "min_p": min_p}
     if stream:
         for image in images:
-            for piece in ocr.stream(image, **sampling):
-                sys.stdout.write(piece)
-                sys.stdout.flush()
-            print(flush=True)
+            warning = _print_pieces(ocr.pieces(image, **sampling))
+            if warning:
+                logger.warning(f"{image}: {warning}")
         return
     answers = ocr.generate(images, batch_size=batch_size, **sampling)
     for image, answer in zip(images, answers, strict=True):
         if answer.warning:
             logger.warning(f"{image}: {answer.warning}")
         print(_json_line(image, answer) if json else " ".join(answer.text.splitlines()), flush=True)
+
+
+def _print_pieces(pieces: Generator[str, None, str | None]) -> str | None:
+    """A line of pieces as they come; returns what is known against it."""
+    try:
+        while True:
+            print(next(pieces), end="", flush=True)
+    except StopIteration as end:
+        return end.value
+    finally:
+        print(flush=True)
 
 
 def _json_line(image: str, answer: Generated) -> str:

@@ -115,8 +115,8 @@ class _JsonFile:
 class _Table:
     """A table of `datasets`, which reads its rows from Arrow files on disk; pictures stay encoded."""
 
-    def __init__(self, table: Any, path: Path, access: Access) -> None:
-        self.path, self.access, self._table = path, access, _undecoded(table)
+    def __init__(self, table: Any, path: Path, access: Access, name: str) -> None:
+        self.path, self.access, self.name, self._table = path, access, name, _undecoded(table)
         self.kinds = Kinds()
         for index in range(len(self)):
             self.kinds = _seen(self.kinds, self[index])
@@ -125,7 +125,7 @@ class _Table:
         return len(self._table)
 
     def __getitem__(self, row: int) -> Record:
-        return parse(self._table[row], row, self.path, self.access)
+        return parse(self._table[row], row, self.path, self.access, self.name)
 
 
 def _seen(kinds: Kinds, record: Record) -> Kinds:
@@ -172,14 +172,14 @@ def read_records(
         except json.JSONDecodeError as error:
             raise InputError(f"{path}: malformed JSON at line {error.lineno}: {error.msg}") from error
     else:
-        source = _Table(*open_table(str(path), hub), access)
+        source = _Table(*open_table(str(path), hub), access, str(path))
     if not len(source):
-        raise InputError(f"{path}: holds no records; check the input and --val-size of csv2json")
+        raise InputError(f"{path}: holds no records; give a file that has some")
     return Records(source, source.kinds)
 
 
 def open_table(name: str, hub: Literal["modelscope", "huggingface"]) -> tuple[Any, Path]:
-    """A table of `datasets`, and the path that its relative paths and its errors go by.
+    """A table of `datasets`, and the file from whose folder its relative paths go.
 
     Raises:
         InputError: no such file, folder or data set, or not a table.

@@ -140,7 +140,7 @@ def download(source: str, *, hub: str, subset: str | None, split: str) -> Path:
         what = " ".join(str(error).split())[:200]
         raise HubError(
             f"{source}: no local path of this name, and {hub} could not deliver it ({what}); "
-            f"check id and network, try the other --hub, or give a local parquet file or folder as --source"
+            f"check id and network, try the other --hub, or give a local parquet file or folder in its place"
         ) from error
 
 

@@ -259,7 +259,10 @@ def load_model(
         ask_for_router_loss(inner_model(model).config, family, config.router_aux_loss_coef)
     seeing = " and ".join(part for part in trainable_parameters(model) if part in ("vision", "merger"))
     if config.cache_vision_features and seeing:
-        raise InputError(f"cache_vision_features needs frozen vision and merger, but this trains {seeing}")
+        raise InputError(
+            f"cache_vision_features needs frozen vision and merger, but this trains {seeing}: leave it out, or take "
+            + ("--freeze vision merger" if config.finetuning == "full" else "--lora_components language")
+        )
     learning_rates(model, family, config)
     inner_model(model).generation_config = greedy_config(data.preprocessor.processor, family)
     inner_model(model).generation_config.max_new_tokens = config.max_new_tokens

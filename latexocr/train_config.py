@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, dataclass, fields
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 
 from latexocr.attention import VARLEN_CAPABILITY
-from latexocr.config import OUR_NAMES, TrainOptions, typed_values
+from latexocr.config import OUR_NAMES, TrainOptions, check_names, typed_values
 from latexocr.errors import InputError, nearest
 from latexocr.lora import kernels_available, runs_kernels
 from latexocr.metrics import METRICS
@@ -24,6 +28,26 @@ logger = logging.getLogger(__name__)
 MAX_WORKERS = 8
 # config.yaml describes a run, so that it can be given again: no secrets, and nothing about how it was started.
 NEVER_SAVED = {"hub_token", "push_to_hub_token", "overwrite_output_dir", "resume_from_checkpoint"}
+# What a number needs to be, if it is given: in words, as a test, of which options.
+RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "at least 1": (
+        lambda number: number >= 1,
+        ("per_device_train_batch_size", "max_tokens_per_batch", "max_patches_per_batch", "gradient_accumulation_steps",
+         "per_device_eval_batch_size", "generate_batch_size", "max_length", "max_new_tokens", "lora_r",
+         "early_stopping_patience"),
+    ),
+    "at least 0": (
+        lambda number: number >= 0,
+        ("dataloader_num_workers", "learning_rate", "weight_decay", "max_grad_norm", "warmup_steps", "seed",
+         "data_seed", "eval_generate_samples", "board_samples"),
+    ),
+    "more than 0": (lambda number: number > 0, ("logging_steps", "eval_steps", "save_steps", "num_train_epochs")),
+    "a share from 0 to below 1": (
+        lambda number: 0 <= number < 1, ("token_corruption", "lora_dropout", "adam_beta1", "adam_beta2")
+    ),
+    "a decay between 0 and 1, such as 0.999": (lambda number: 0 < number < 1, ("average_weights",)),
+    "a number from 1, such as 16": (lambda number: number >= 1, ("loraplus_lr_ratio",)),
+}  # fmt: skip
 # A model card shows these always, and of the others what is not as by default,
 SHOWN = ("learning_rate", "per_device_train_batch_size", "gradient_accumulation_steps", "seed")
 # except what is said elsewhere in `latexocr.json` and what the weights do not depend on. Names begin so.
@@ -48,8 +72,15 @@ class TrainConfig(TrainOptions, TrainingArguments):
     """`transformers.TrainingArguments` with our fields beside them and our recipe as defaults.
 
     Raises:
-        InputError: values that do not go together (see `_check`).
+        InputError: an unknown option, a value that cannot be used, or values that do not go together.
     """
+
+    remove_unused_columns: bool = False  # our collator needs the keys that Trainer would call unused
+
+    def __new__(cls, *_: Any, **values: Any) -> TrainConfig:
+        """Before `__init__`, which would only say that a keyword is unexpected."""
+        check_names(cls, values)
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         self._check()
@@ -82,7 +113,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
         on_gpu = torch.cuda.is_available() and not self.use_cpu
         if not on_gpu:
             self.dataloader_pin_memory = False  # it only warns there
-        self.remove_unused_columns = False  # our collator needs the keys that Trainer would call unused
         self._check_precision(on_gpu)
         if self.ddp_find_unused_parameters is None:
             self.ddp_find_unused_parameters = False  # every adapter takes part in every step
@@ -111,9 +141,13 @@ class TrainConfig(TrainOptions, TrainingArguments):
         if self.cuda_graphs is None:
             self.cuda_graphs = on_gpu and self.flatten and self.no_random_state and self.bf16 and not sharded
         self._check_fast(on_gpu, sharded)
+        self._check_installation()
         if self.accelerator_config is None and on_gpu:
             self.accelerator_config = {"non_blocking": True}  # a blocking copy waits for the step before
-        super().__post_init__()
+        try:
+            super().__post_init__()
+        except (ValueError, ImportError, NotImplementedError) as error:
+            raise self._refused(error) from error
         self.set_checkpointing(bool(self.gradient_checkpointing))
         if self.n_gpu > 1:
             logger.warning(f"{self.n_gpu} GPUs are visible, one is used; start with accelerate launch to use all")
@@ -129,6 +163,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         self.ignore_data_skip = True  # the stream itself begins at the batch that is due
 
     def _check(self) -> None:
+        self._check_numbers()
         if self.streaming:
             self._check_streaming()
         if self.init_from_config and self.finetuning == "lora":
@@ -138,12 +173,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
             raise InputError("cache_vision_features keeps one version of a picture, augment makes more: leave one out")
         if self.init_from_config and self.freeze:
             raise InputError("init_from_config makes random weights, freeze keeps them so: leave one out")
-        if not 0 <= self.token_corruption < 1:
-            raise InputError(f"token_corruption is {self.token_corruption}, needs a share from 0 to below 1")
-        if self.average_weights is not None and not 0 < self.average_weights < 1:
-            raise InputError(
-                f"average_weights is {self.average_weights}, needs a decay between 0 and 1, such as 0.999"
-            )
         for name in ("fused_loss", "fused_lora"):
             if getattr(self, name) and self.finetuning == "full":
                 raise InputError(f"{name} needs frozen weights, --finetuning full trains them: leave it out")
@@ -155,11 +184,13 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 f"eval_strategy is {self.eval_strategy!r}, but there is no val_json to evaluate on; "
                 "add one or set --eval_strategy no"
             )
-        for name in ("per_device_train_batch_size", "max_tokens_per_batch", "max_patches_per_batch",
-                     "gradient_accumulation_steps", "per_device_eval_batch_size", "generate_batch_size", "max_length",
-                     "max_new_tokens"):  # fmt: skip
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise InputError(f"{name} is {getattr(self, name)}, needs at least 1")
+        if self.load_best_model_at_end and not self.val_json:
+            raise InputError("load_best_model_at_end needs a validation to judge by: add --val_json, or leave it out")
+        if self.save_strategy == "best" and (not self.val_json or self.eval_strategy == "no"):
+            raise InputError(
+                "save_strategy best keeps what validation finds best, and there is none: add --val_json and evaluate, "
+                "or take --save_strategy epoch"
+            )
         if self.early_stopping_patience is not None and self.eval_strategy == "no":
             raise InputError("early_stopping_patience needs evaluations, but eval_strategy is 'no'")
         known = ["loss", *(METRICS if self.answer_format == "latex" else FIELD_METRICS)]
@@ -175,17 +206,58 @@ class TrainConfig(TrainOptions, TrainingArguments):
         unused = {"label_smoothing_factor": 0.0, "train_sampling_strategy": "random", "torch_compile": False,
                   "auto_find_batch_size": False}  # fmt: skip
         hints = {"torch_compile": "; fused_layers has its effect", "auto_find_batch_size": "; latexocr plan finds one"}
+        pushing = [item for item in fields(self) if item.name.startswith(("push_to_hub", "hub_"))]
+        unused |= {item.name: self._default(item) for item in pushing} | {"remove_unused_columns": False}
+        hints |= {item.name: "; latexocr upload sends what was saved" for item in pushing}
         if self.by_budget:
             unused["per_device_train_batch_size"] = TrainOptions.per_device_train_batch_size
             hints["per_device_train_batch_size"] = "; the budget says how large a batch is"
         for name, default in unused.items():
-            if getattr(self, name) != default:
+            value = getattr(getattr(self, name), "value", getattr(self, name))
+            if value != default:
+                shown = "" if name in NEVER_SAVED else f" to {value!r}"
+                raise InputError(f"{name} is set{shown}, but has no effect here: leave it out{hints.get(name, '')}")
+
+    def _check_numbers(self) -> None:
+        for needed, (fits, names) in RANGES.items():
+            for name in names:
+                number = getattr(self, name)
+                if number is not None and not fits(number):
+                    raise InputError(f"{name} is {number:g}, needs {needed}")
+        if self.dataloader_persistent_workers and self.dataloader_num_workers == 0:
+            raise InputError("dataloader_persistent_workers keeps workers, dataloader_num_workers 0 starts none: "
+                             "leave one out")  # fmt: skip
+
+    def _check_installation(self) -> None:
+        """What must be there beside this package: programs to report to, processes to shard over."""
+        known = {"none": list, **INTEGRATION_TO_CALLBACK}
+        for name in [self.report_to] if isinstance(self.report_to, str) else self.report_to or ():
+            if name in ("all", "swanlab"):
                 raise InputError(
-                    f"{name} is set to {getattr(self, name)!r}, but has no effect here: leave it out"
-                    f"{hints.get(name, '')}"
+                    f"report_to {name}: SwanLab follows a run by itself (--swanlab_mode); name others only"
                 )
-        if min(self.eval_generate_samples, self.board_samples) < 0:
-            raise InputError("eval_generate_samples and board_samples cannot be negative")
+            if name not in known:
+                raise InputError(f"report_to is {name!r}{nearest(name, known)} (one of {', '.join(known)})")
+            try:
+                known[name]()
+            except (RuntimeError, ImportError) as error:  # not installed
+                raise InputError(f"report_to {name}: {' '.join(str(error).split())}") from error
+        if self.fsdp and int(os.environ.get("WORLD_SIZE", "1")) == 1:
+            raise InputError(
+                "fsdp shards over several processes, and this is one: start with accelerate launch, or leave it out"
+            )
+        if self.deepspeed and find_spec("deepspeed") is None:
+            raise InputError("deepspeed is not installed: pip install deepspeed, or leave --deepspeed out")
+
+    def _refused(self, error: Exception) -> InputError:
+        """What TrainingArguments refuses, with the option named: the error names it, or begins with its value."""
+        message = re.sub(r"\b\w+Strategy\.(\w+)", lambda found: found[1].lower(), " ".join(str(error).split()))
+        names = [item.name for item in fields(self)]
+        if not any(f"--{name}" in message or ("_" in name and name in message) for name in names):
+            for name in names:
+                if isinstance(getattr(self, name), str) and message.startswith(f"{getattr(self, name)} is "):
+                    return InputError(f"option {name!r}: {message}")
+        return InputError(f"these options cannot be used: {message}")
 
     def _check_precision(self, on_gpu: bool) -> None:
         if self.fp16 and self.bf16:
@@ -203,8 +275,6 @@ class TrainConfig(TrainOptions, TrainingArguments):
             if getattr(self, name) != getattr(plain, name):
                 other = "lora" if self.finetuning == "full" else "full"
                 raise InputError(f"{name} is for --finetuning {other}: leave it out")
-        if self.loraplus_lr_ratio is not None and not self.loraplus_lr_ratio >= 1:
-            raise InputError(f"loraplus_lr_ratio is {self.loraplus_lr_ratio}, needs a number from 1, such as 16")
         if self.lora_init == "loftq" and not self.load_in_4bit:
             raise InputError("lora_init loftq begins with what 4 bits lose: add --load_in_4bit true")
         if self.lora_init == "pissa" and self.quantization:
@@ -304,12 +374,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         Raises:
             InputError: an unknown name (with the nearest one) or a value of the wrong type.
         """
-        try:
-            return cls(**typed_values(cls, values))
-        except InputError:
-            raise
-        except ValueError as error:  # TrainingArguments' own checks
-            raise InputError(f"these options do not go together: {' '.join(str(error).split())}") from error
+        return cls(**typed_values(cls, values))
 
     def resolved(self) -> dict[str, Any]:
         """All our fields, and the Trainer fields that differ from their defaults: what `config.yaml` holds."""

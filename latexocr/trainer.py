@@ -93,7 +93,9 @@ class FormulaTrainer(Trainer):
         self._start: Tensors = getattr(self.model, "pissa_start", {})
         self._head = detach_head(self.model) if self.args.fused_loss else None
         if self.args.fused_loss and self._head is None:
-            logger.info("fused_loss is left out: the output layer is trained or an unusual one")
+            trained = any(weight.requires_grad for weight in self.model.get_output_embeddings().parameters())
+            reason = "is trained" if trained else "has a bias or is none that it knows"
+            logger.info(f"fused_loss is left out: the output layer {reason}")
         self._loras = FusedLoras(self.model) if self.args.fused_lora else None
         if self.args.fused_layers:
             fuse_layers(self.model)

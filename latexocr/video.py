@@ -94,7 +94,9 @@ def _opened(media: Media, where: str) -> Iterator[tuple[Any, Any]]:
                 raise InputError(f"{where} {media.name}: holds no video; remove the record or replace the file")
             yield container, container.streams.video[0]
     except FileNotFoundError as error:
-        raise InputError(f"{where} {media.name}: no such video file") from error
+        raise InputError(
+            f"{where} {media.name}: no such video file {content}; relative paths begin at the data file's folder"
+        ) from error
     except av.FFmpegError as error:
         raise InputError(
             f"{where} {media.name}: the video cannot be decoded ({error.strerror}); remove the record or replace it"

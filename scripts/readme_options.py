@@ -29,12 +29,16 @@ CHINESE = {
         "允许打开记录中的 URL；每个只下载一次，内容保存在 ~/.cache/latexocr/urls"
     ),
     "open files that records name outside of their data file's folder": ("允许打开数据文件所在目录之外的文件"),
-    "read training records as they come, never all of them (needs max_steps)": (
-        "边读边训练，不读入全部记录（需要 max_steps）"
+    "read training records (.jsonl, .parquet) as they come, never all of them (needs max_steps)": (
+        "边读边训练（.jsonl、.parquet），不读入全部记录（需要 max_steps）"
     ),
-    "answers of a conversation that are trained": ("训练对话中的哪些回答：全部（all）或最后一个（last）"),
+    "answers of a conversation that are trained: all, or the last": (
+        "训练对话中的哪些回答：全部（all）或最后一个（last）"
+    ),
     "answers without reasoning begin with an empty <think> block": ("没有思考过程的回答以空的 <think> 块开头"),
-    "what answers are: chooses the metrics of validation": ("回答的格式，决定验证时使用的指标：latex 或 json"),
+    "what answers are, latex or json: chooses the metrics of validation": (
+        "回答的格式，决定验证时使用的指标：latex 或 json"
+    ),
     "what gets adapters: language, vision, merger, attention, mlp, or one of one: vision.mlp": (
         "给哪些部分加适配器：language、vision、merger、attention、mlp，或其中之一的一部分，如 vision.mlp"
     ),
@@ -79,7 +83,9 @@ CHINESE = {
     "fresh weights from the base's config.json instead of its own (needs full)": (
         "按底座的 config.json 随机初始化权重，不用它的权重（需要 full）"
     ),
-    "where a hub id is downloaded from": "从哪个平台下载 id 对应的文件",
+    "where a hub id is downloaded from: modelscope or huggingface": (
+        "从哪个平台下载 id 对应的文件：modelscope 或 huggingface"
+    ),
     "run Python code that comes with a checkpoint": "是否运行检查点自带的 Python 代码",
     "checkpoints, metrics.jsonl, config.yaml, adapter/ or model/": (
         "输出目录：检查点、metrics.jsonl、config.yaml、adapter/ 或 model/"
@@ -104,13 +110,15 @@ CHINESE = {
         "fixed：宽度（像素），取整到完整的格子（默认：与底座训练时相同，否则 500）"
     ),
     "longest record in tokens: prompt, image, answer and end token": "一条记录最多多少 token，含图像和结束符",
-    "a longer record is dropped and counted, or refused": "超长记录：drop 丢弃并计数，error 报错",
+    "drop: a longer record is left out and counted; error: it is refused": "drop：超长记录丢弃并计数；error：报错",
     "lora: adapters on frozen weights; full: every weight": "lora：权重冻结，只训练适配器；full：训练全部权重",
     "rank": "LoRA 的秩",
     "scale: the update is multiplied by lora_alpha / lora_r": "缩放：更新量乘以 lora_alpha / lora_r",
     "dropout before the adapter": "适配器之前的 dropout",
     "share of answer tokens that the decoder is shown wrong in training": "训练时解码器看到的错误答案 token 的比例",
-    "style in which each training picture is varied anew in every epoch": "每轮训练以何种风格重新变换每张图片",
+    "style (im2latex, print, scan, pencil, chalk) in which each training picture is varied anew in every epoch": (
+        "每轮训练以何种风格（im2latex、print、scan、pencil、chalk）重新变换每张图片"
+    ),
     "passes over the training records": "训练数据遍历几遍",
     "samples a device and micro-batch": "每张卡每个微批的样本数",
     "compute the frozen vision tower's output once, keep it on disk": "冻结的视觉塔只算一次，输出存盘",
@@ -149,8 +157,8 @@ CHINESE = {
     "no, steps or epoch (default: epoch when there is a val_json)": (
         "no、steps 或 epoch（默认：有 val_json 时为 epoch）"
     ),
-    "no, steps or epoch (default: as eval_strategy, else epoch)": (
-        "no、steps 或 epoch（默认：同 eval_strategy，否则 epoch）"
+    "no, steps, epoch or best (default: as eval_strategy, else epoch)": (
+        "no、steps、epoch 或 best（默认：同 eval_strategy，否则 epoch）"
     ),
     "checkpoints kept besides the best one": "除最好的之外保留几个检查点",
     "samples a device in validation": "验证时每张卡的样本数",

@@ -62,7 +62,8 @@ def bad_inputs(tmp_path, tiny) -> dict[str, tuple[list[str], str]]:
         "no hub id": (["predict", "--model", "nowhere", good], "no such folder, and not a hub id"),
         "no adapter": ([*predict, "--adapter", str(tmp_path), good], "so not an adapter folder"),
         "missing picture": ([*predict, str(tmp_path / "no.png")], "no.png: no such image file"),
-        "unreadable picture": ([*predict, str(tmp_path / "noise.png")], "noise.png: undecodable image"),
+        "unreadable picture": ([*predict, str(tmp_path / "noise.png")], "WEBP, BMP, GIF, TIFF, PPM, JPEG2000; give another image"),
+        "folder of pictures": ([*predict, str(tmp_path)], f"a folder; name the images in it: {tmp_path}/*.png"),
         "stream and json": ([*predict, good, "--stream", "--json"], "exclude each other"),
         "no adapter to merge": (["merge", "--adapter", str(tmp_path), "--output", str(tmp_path / "m")], "adapter_config.json"),
         "no predictions": (["score", "--predictions", str(tmp_path / "no.jsonl")], "no such predictions file"),
@@ -77,7 +78,7 @@ def bad_inputs(tmp_path, tiny) -> dict[str, tuple[list[str], str]]:
 
 def test_bad_input_is_one_line_and_nothing_half_written(tmp_path, tiny, capsys):
     cases = bad_inputs(tmp_path, tiny)
-    assert len(cases) == 28
+    assert len(cases) == 29
     before = sorted(tmp_path.rglob("*"))
     for name, (arguments, message) in cases.items():
         capsys.readouterr()
@@ -105,7 +106,7 @@ def test_corrupt_pixels_are_found_in_training_and_named(tmp_path, tiny, capsys):
     for workers in ("0", "1"):
         assert main([*arguments, "--dataloader_num_workers", workers, "--overwrite_output_dir"]) == 2
         (line,) = [line for line in capsys.readouterr().err.splitlines() if "latexocr train:" in line]
-        assert line.startswith("latexocr train: cut.json record 1 (cut.png): undecodable image"), line
+        assert line.startswith(f"latexocr train: {tmp_path}/cut.json record 1 (cut.png): undecodable image"), line
 
 
 def test_help_names_every_verb(capsys):

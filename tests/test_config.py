@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
+from importlib.util import find_spec
 
 import pytest
 
@@ -85,12 +87,59 @@ def test_options_that_do_not_go_together():
         TrainConfig.from_dict({"per_device_train_batch_size": 0, "use_cpu": True})
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--dataloader_num_workers -1", "dataloader_num_workers is -1, needs at least 0"),
+        ("--dataloader_persistent_workers true --dataloader_num_workers 0", "dataloader_num_workers 0 starts none"),
+        ("--learning_rate -1", "learning_rate is -1, needs at least 0"),
+        ("--logging_steps 0", "logging_steps is 0, needs more than 0"),
+        ("--save_strategy steps --save_steps 0", "save_steps is 0, needs more than 0"),
+        ("--lora_dropout 1", "lora_dropout is 1, needs a share from 0 to below 1"),
+        ("--lora_r 0", "lora_r is 0, needs at least 1"),
+        ("--report_to tensorbord", "report_to is 'tensorbord'; did you mean 'tensorboard'? (one of none,"),
+        ("--report_to swanlab", "report_to swanlab: SwanLab follows a run by itself (--swanlab_mode); name others"),
+        ("--report_to clearml", "report_to clearml: ClearMLCallback requires 'clearml' to be installed"),
+        ("--fsdp full_shard", "fsdp shards over several processes, and this is one: start with accelerate launch"),
+        ("--deepspeed no.json", "deepspeed is not installed: pip install deepspeed"),
+        ("--lr_scheduler_type foo", "option 'lr_scheduler_type': foo is not a valid SchedulerType"),
+        ("--optim foo", "option 'optim': foo is not a valid OptimizerNames"),
+        ("--save_strategy foo", "option 'save_strategy': foo is not a valid SaveStrategy"),
+        ("--val_json v --eval_strategy steps --load_best_model_at_end true --save_strategy epoch",
+         "found - Evaluation strategy: steps - Save strategy: epoch"),
+        ("--load_best_model_at_end true", "load_best_model_at_end needs a validation to judge by: add --val_json"),
+        ("--save_strategy best", "save_strategy best keeps what validation finds best, and there is none: add"),
+    ],
+)  # fmt: skip
+def test_values_that_cannot_be_used(options, message):
+    """Each is refused with its name before anything is loaded, not by Trainer in a traceback."""
+    from latexocr.train import TrainConfig
+
+    for package in ("deepspeed", "clearml"):
+        if package in options and find_spec(package):
+            pytest.skip(f"{package} is installed")
+    with pytest.raises(InputError, match=re.escape(message)):
+        TrainConfig.from_dict(parse_train_arguments(f"{options} --use_cpu".split()))
+
+
+def test_a_keyword_that_is_no_option():
+    from latexocr.train import TrainConfig
+
+    with pytest.raises(InputError, match="unknown option 'max_lenght'; did you mean 'max_length'"):
+        TrainConfig(max_lenght=3)
+
+
 def test_options_that_would_be_ignored_are_refused():
     from latexocr.train import TrainConfig
 
-    for name, value in (("label_smoothing_factor", 0.1), ("train_sampling_strategy", "group_by_length")):
+    for name, value in (
+        ("label_smoothing_factor", 0.1), ("train_sampling_strategy", "group_by_length"), ("push_to_hub", True),
+        ("hub_model_id", "me/mine"), ("remove_unused_columns", True),
+    ):  # fmt: skip
         with pytest.raises(InputError, match=f"{name} is set to .* has no effect here"):
             TrainConfig.from_dict({name: value, "use_cpu": True})
+    with pytest.raises(InputError, match=r"hub_token is set, but .* leave it out; latexocr upload sends"):
+        TrainConfig.from_dict({"hub_token": "secret", "use_cpu": True})
     with pytest.raises(InputError, match="needs eval_generate_samples above 0"):
         TrainConfig(metric_for_best_model="eval_bleu", eval_generate_samples=0, val_json="v.json", use_cpu=True)
     with pytest.raises(InputError, match="early_stopping_patience needs evaluations"):

@@ -264,6 +264,13 @@ BAD = {
         "unknown key 'max_pixels'; sizes are set by",
     ),
     "answer": ({"text": "a", "answer": 3}, "an assistant turn must be text"),
+    "empty answer": (chat(("user", "a"), ("assistant", " ")), "an assistant turn is empty; write the answer"),
+    "numbered key": (
+        {"text": "a<image_no_1>b<image_no_3>", "image_no_1": "a.png", "image_no_2": "b.png"},
+        "<image_no_3> has no image: the row names 2; add its path under 'image_no_3'",
+    ),
+    "unknown marker": ({"text": "a<img_no_1>b"}, "<img_no_1> is no marker; pictures are <image> or <image_no_1>"),
+    "unknown medium": (chat(("user", "a<audio_no_1>b"), ("assistant", "x")), "<audio_no_1> is no marker"),
 }  # fmt: skip
 
 
@@ -278,7 +285,8 @@ def test_what_is_only_found_in_the_file(folder, preprocessor):
     rows = [chat(("user", "<image>Which?"), ("assistant", "x"), images=["gone.png"]),
             chat(("user", "<image><image>"), ("assistant", "x"), images=["a.png", "gone.png"]),
             chat(("user", "Say <|im_end|>"), ("assistant", "x"))]  # fmt: skip
-    messages = ["record 0 (gone.png): no such image file", "record 1 (a.png), gone.png: no such image file",
+    gone = f"no such image file {folder / 'gone.png'}; relative paths begin at the data file's folder"
+    messages = [f"record 0 (gone.png): {gone}", f"record 1 (a.png), gone.png: {gone}",
                 "record 2: the user's text contains the special token <|im_end|>"]  # fmt: skip
     for record, message in zip(read_records(write(folder, *rows)), messages, strict=True):
         with pytest.raises(InputError) as error:
@@ -289,7 +297,7 @@ def test_what_is_only_found_in_the_file(folder, preprocessor):
 def test_access(folder):
     path = write(folder, {"image": "https://x.org/a.png", "text": "x"}, {"image": "../a.png", "text": "y"})
     url, outside = read_records(path, access=Access(urls=True, outside=True))
-    assert url.media[0].content == "https://x.org/a.png" and url.where == "t.jsonl record 0 (https://x.org/a.png)"
+    assert url.media[0].content == "https://x.org/a.png" and url.where == f"{path} record 0 (https://x.org/a.png)"
     assert outside.image_path == folder / "../a.png"
 
 

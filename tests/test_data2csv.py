@@ -502,13 +502,19 @@ def test_images_with_labels(tmp_path, name, given):
     source = folder / name if given == "file" else tmp_path / "in"
     result = data2csv(str(source), tmp_path / "out", num_workers=1)
     assert texts_of(result) == ['x, "y"', "nan"]
-    assert [row["image_path"] for row in table(result.rejected_csv)] == ["missing.png"]
+    (rejected,) = table(result.rejected_csv)
+    assert rejected["image_path"] == "missing.png"
+    assert rejected["reason"] == f"missing image: no such file: {folder / 'missing.png'}"
     assert result.rejected == {"missing image": 1}
 
 
 def test_changed_image_of_a_labels_file_starts_over(tmp_path):
     (tmp_path / "labels.csv").write_text("image_path,text\na.png,x\n")
-    assert data2csv(str(tmp_path / "labels.csv"), tmp_path / "out", num_workers=1).num_kept == 0
+    for _ in range(2):  # also when there is nothing left to do
+        with pytest.raises(
+            InputError, match=r"data\.csv: 0 of 1 rows kept, .* \(missing image 1; see .*nothing is left"
+        ):
+            data2csv(str(tmp_path / "labels.csv"), tmp_path / "out", num_workers=1)
     (tmp_path / "a.png").write_bytes(encode(picture()))
     assert data2csv(str(tmp_path / "labels.csv"), tmp_path / "out", num_workers=1).num_kept == 1
 

@@ -240,6 +240,13 @@ def test_many_copies_of_a_picture_are_not_compared_each_with_each(tmp_path, monk
     assert len(case.rows) == 60 and len(calls) == 59
 
 
+@pytest.mark.parametrize(("name", "status"), [("a.png", 0), ("gone.png", 1)])
+def test_problems_are_the_exit_status(tmp_path, capsys, name, status):
+    picture(0).save(tmp_path / "a.png")
+    assert main(["doctor", "--data", str(write_records(tmp_path / "train.json", [(name, "x")]))]) == status
+    assert ("problem: pictures that cannot be read" in capsys.readouterr().out) == bool(status)
+
+
 def test_texts_cannot_steer_the_terminal(tmp_path):
     picture(0).save(tmp_path / "a.png")
     report = str(doctor(write_records(tmp_path / "train.json", [("a.png", "{ \x1b[2J\u202e\nx")])))

@@ -255,6 +255,20 @@ def test_predict_prints_one_line_an_image(adapter, capsys):
     assert capsys.readouterr().out == row["prediction"] + "\n"
 
 
+def test_predict_streams_a_line_and_names_the_picture_that_it_warns_of(adapter, tmp_path, capsys, caplog):
+    blank = str(tmp_path / "blank.png")
+    Image.new("L", (200, 40), "white").save(blank)
+    assert main(["predict", "--model", str(adapter), blank, "--stream"]) == 0
+    assert capsys.readouterr().out == "\n"
+    assert caplog.messages == [f"{blank}: the picture is blank: nothing to read"]
+
+
+def test_generate_takes_a_list(ocr):
+    for image in (IMAGES[0], Path(IMAGES[0]), b"", Image.new("L", (9, 9))):
+        with pytest.raises(InputError, match=r"generate reads a list of images, got one \(.*\): write \[image\]"):
+            ocr.generate(image)
+
+
 def test_a_blank_picture_is_not_read(ocr, tmp_path, capsys, caplog):
     """No hallucination: an empty line, and why; the pictures around it are read as ever."""
     blank = str(tmp_path / "blank.png")

@@ -85,6 +85,7 @@ def test_every_saved_folder_has_a_card(trained, tiny, tmp_path):
     assert 'from_pretrained("BASE", adapter="DIR")' in text and "--model BASE --adapter DIR" in text
     assert r'| prompt | Read \| "it"\n&lt;now>. |' in text and r"until `<|im_end|>`" in text
     assert "| pictures | fit: aspect ratio kept, 64 to 1024 visual tokens of 28 x 28 pixels |" in text
+    assert "only\nhow fast and in how much memory it runs is left out; all others as latexocr" in text
     assert "`learning_rate 0.001`" in text and "`lora_components language merger`" in text
     assert "Records: 7; for all but the loss 2 of them." in text
     assert str(tiny) not in text and "| base model | qwen2_vl |" in text

@@ -6,10 +6,13 @@ import importlib.util
 import json
 import re
 import shlex
+from contextlib import nullcontext
 
 import pytest
 import yaml
-from conftest import ROOT, SAMPLE, write_records
+from conftest import ROOT, SAMPLE, untied, write_records
+
+from latexocr.errors import InputError
 
 READMES = ("README.md", "README.zh-CN.md")
 # What the Python block names -> what the test puts there; nothing else in it is changed.
@@ -77,7 +80,7 @@ def test_every_latexocr_command_parses(monkeypatch):
         else:
             parser_for(verb, getattr(importlib.import_module(module), function)).parse_args(argv)
         seen.append(verb)
-    assert len(seen) == 28
+    assert len(seen) == 30
 
 
 def test_every_flag_in_the_text_exists():
@@ -99,6 +102,33 @@ def test_every_flag_in_the_text_exists():
         found = set(re.findall(r"(?<![\w-])--([a-z][\w-]*)", text_of(readme)))
         assert len(found) > 20
         assert found - known - launcher - benchmarks == set(), readme
+
+
+def recipes() -> list[tuple[str, str]]:
+    """What a row of the table of recipes is about, and each of its code spans that holds flags."""
+    section = text_of(READMES[0]).partition("\n## Recipes\n")[2].partition("\n## ")[0]
+    rows = [line.removeprefix("| ").split(" | ")[:2] for line in section.splitlines() if line.startswith("| ")]
+    return [(what, flags) for what, how in rows for flags in re.findall(r"`(--[^`]+)`", how)]
+
+
+@pytest.mark.parametrize(("what", "flags"), recipes())
+def test_recipes_are_accepted_as_printed(what, flags, tiny_models, records, tmp_path):
+    """Up to the loaded model, on a tiny base of the family."""
+    from latexocr.config import parse_train_arguments
+    from latexocr.train import TrainConfig, load_data, load_model
+
+    if "load_in" in flags:
+        pytest.importorskip("bitsandbytes")
+    folder = tiny_models["ernie4_5_vl_moe" if "ERNIE" in what else "qwen2_vl"]
+    base = str(untied(folder, tmp_path / "untied") if "untied" in what else folder)
+    (tmp_path / "words.txt").write_text("\\\\frac\n")
+    stands_for = {"REGEX": r".*\.q_proj", "FOLDER": base, "words.txt": str(tmp_path / "words.txt")}
+    argv = ["--model_name_or_path", base, "--train_json", str(records["train"]), "--use_cpu", "--output_dir",
+            str(tmp_path / "run"), *(stands_for.get(word, word) for word in shlex.split(flags))]  # fmt: skip
+    on_cpu = pytest.raises(InputError, match="saves memory of a GPU") if "offload" in flags else nullcontext()
+    with on_cpu:
+        config = TrainConfig.from_dict(parse_train_arguments(argv))
+        load_model(config, load_data(config))
 
 
 def test_launch_commands_name_files_that_exist(monkeypatch):

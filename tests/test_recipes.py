@@ -147,6 +147,7 @@ def test_a_frozen_tower_is_computed_once(config, tmp_path):
     assert losses(tmp_path / "cached") == pytest.approx(losses(tmp_path / "usual"), rel=1e-5)
 
 
+@pytest.mark.filterwarnings("error::FutureWarning")  # names that peft and transformers have between them
 def test_layers_by_an_expression(tiny):
     model = add_lora(load_base(tiny, dtype=torch.float32), family_in(tiny), components=[], r=2, alpha=2, dropout=0.0,
                      pattern=r".*layers\.[01]\..*[qv]_proj|.*merger\.mlp\.0")  # fmt: skip
@@ -167,7 +168,17 @@ def test_layers_by_an_expression(tiny):
         ({"finetuning": "full", "use_dora": True}, "use_dora is for --finetuning lora"),
         ({"finetuning": "full", "lora_components": ["vision"]}, "lora_components is for --finetuning lora"),
         ({"learning_rates": {"visoin": 1e-5}}, "learning_rates: 'visoin' is none of .*did you mean 'vision'"),
-        ({"learning_rates": {"vision": 1e-5}}, r"learning_rates: vision is not trained here \(language\)"),
+        (
+            {"learning_rates": {"vision": 1e-5}},
+            r"learning_rates: vision is not trained here \(language\); leave it out, "
+            "or train it: --lora_components language vision, or --finetuning full",
+        ),
+        (
+            {"learning_rates": {"embeddings": 1e-5}},
+            "embeddings is not .* leave it out, or train it: --finetuning full",
+        ),
+        ({"learning_rates": {"new_tokens": 1e-5}}, "new_tokens is not .* or name them: --new_tokens"),
+        ({"learning_rates": {"vision": 1e-5}, "finetuning": "full", "freeze": ["vision"]}, "take it out of --freeze"),
         ({"learning_rates": {"language": -1.0}}, "learning_rates: language is -1.0, needs a number from 0"),
         ({"loraplus_lr_ratio": 0.5}, "loraplus_lr_ratio is 0.5, needs a number from 1"),
         ({"lora_init": "loftq"}, "lora_init loftq begins with what 4 bits lose: add --load_in_4bit true"),

@@ -17,7 +17,7 @@ def test_relative_and_absolute_paths(tmp_path):
     path = write_records(tmp_path / "train.json", [("images/a.png", r"\frac{公}{2}"), ("/abs/b.png", "null")])
     first, second = read_records(path)
     assert (first.id, first.image_path, first.text) == ("identity_1", tmp_path / "images/a.png", r"\frac{公}{2}")
-    assert first.where == "train.json record 0 (a.png)"
+    assert first.where == f"{path} record 0 (a.png)"
     assert str(second.image_path) == "/abs/b.png" and second.text == "null"
 
 
@@ -32,6 +32,7 @@ def test_one_record_a_line(tmp_path):
     [
         ("[{]", "malformed JSON at line 1"),
         ('{"a": 1}', "needs a list of records"),
+        ("[]", r"t\.json: holds no records; give a file that has some"),
         ('[{"picture": "a.png", "text": "x"}]', r"record 0: needs .* has keys \['picture', 'text'\]"),
         ('["a.png"]', "record 0: needs .* has str"),
         ('[{"conversations": [{"role": "user", "value": "a.png"}]}]', r"with roles \['user'\]"),
@@ -63,7 +64,7 @@ def test_records_are_found_in_any_layout(tmp_path, layout):
     (tmp_path / "t.json").write_text(content, encoding="utf-8")
     found = read_records(tmp_path / "t.json")
     assert len(found) == 6 and [record.text for record in found] == texts
-    assert found[-2].text == "𝛼" and found[4].where == "t.json record 4 (4.png)"
+    assert found[-2].text == "𝛼" and found[4].where == f"{tmp_path}/t.json record 4 (4.png)"
     assert [record.id for record in found[1:5:2]] == ["identity_2", "identity_4"]
     assert [record.text for record in found[2:].take([3, 0])] == ["", "a\nb"]
     assert [record.text for record in pickle.loads(pickle.dumps(found))] == texts
@@ -84,8 +85,8 @@ def test_blank_lines_are_not_counted(tmp_path):
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     (tmp_path / "t.jsonl").write_text(f"\n{lines[0]}\r\n  \n{lines[1]}", encoding="utf-8", newline="")
     assert [record.where for record in read_records(tmp_path / "t.jsonl")] == [
-        "t.jsonl record 0 (é.png)",
-        "t.jsonl record 1 (b.png)",
+        f"{tmp_path}/t.jsonl record 0 (é.png)",
+        f"{tmp_path}/t.jsonl record 1 (b.png)",
     ]
 
 
@@ -126,8 +127,16 @@ def test_tables(tmp_path, monkeypatch, kind):
     found = read_records(tmp_path / path)
     assert [record.text for record in found] == ["x", "nan"] and not found.kinds.talk
     assert found[1].media[0].content == PNG and found[1:][0].id == "1"
-    assert found[0].where == ("state.json" if kind == "saved" else "train-00000.parquet") + " record 0 (inline image)"
+    assert found[0].where == f"{tmp_path / path} record 0 (inline image)"  # as it was given
     assert [record.text for record in pickle.loads(pickle.dumps(found))] == ["x", "nan"]
+
+
+def test_a_table_with_an_empty_picture(tmp_path, monkeypatch):
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    table(tmp_path, image=["a.png", None], text=["x", "y"]).to_parquet(str(tmp_path / "t.parquet"))
+    message = r"t\.parquet record 1: needs .* has keys \['image', 'text'\], of which 'image' is empty: fill it"
+    with pytest.raises(InputError, match=message):
+        read_records(tmp_path / "t.parquet")
 
 
 def test_a_table_of_conversations(tmp_path, monkeypatch):
