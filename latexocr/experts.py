@@ -40,6 +40,7 @@ def apply_experts(
         activate: (pairs, 2 * inner) -> (pairs, inner).
         num_experts: whose weights these are.
     """
+    index = index.contiguous()
     chosen, order = index.flatten().sort(stable=True)
     count = partial(torch.arange, device=order.device)
     places = torch.empty_like(order).scatter_(0, order, count(len(order))).view_as(index)

@@ -59,6 +59,7 @@ Kind = Literal["image", "video"]
 ROLES = {"system": "system", "user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant"}
 MARKER = re.compile(r"<(image|video)(?:_no_(\d+))?>")
 UNKNOWN_MARKER = re.compile(r"<(?!(?:image|video)_no_)[a-z]+_no_\d+>")
+TELLING = ("conversations", "messages", "image", "text", "answer")  # keys by which shapes are told apart
 SHAPES = (
     "[user image path, assistant LaTeX] under 'conversations', or ShareGPT's 'conversations', or 'messages', or "
     "'image' and 'text', or 'text' with markers"
@@ -320,7 +321,9 @@ def _turns(row: object, files: _Files, where: str) -> tuple[Turn, ...]:
         return _tutorial(row, files, where)
     if keys & {"messages", "conversations"}:
         turns = tuple(_conversation(row, files, where))
-    elif "text" in keys and isinstance(row["text"], str) and ("answer" in keys or _has_markers(row["text"])):
+        if turns[-1].role == "assistant" and not (turns[-1].text.strip() or turns[-1].reasoning):
+            raise InputError(f"{where}: the last assistant turn is empty; write the answer or delete the record")
+    elif "text" in keys and isinstance(row["text"], str) and _is_question(row["text"], keys):
         parts = tuple(_parts(row["text"], files, where))
         asked = "answer" in keys
         turns = (Turn("user", parts), Turn("assistant", (row["answer"],))) if asked else (Turn("document", parts),)
@@ -331,6 +334,11 @@ def _turns(row: object, files: _Files, where: str) -> tuple[Turn, ...]:
     _check_order(turns, where)
     files.check_all_used()
     return turns
+
+
+def _is_question(text: str, keys: set) -> bool:
+    """Whether a text holds markers, rather than being the answer to an image."""
+    return "answer" in keys or bool(MARKER.search(text)) or ("image" not in keys and _has_markers(text))
 
 
 def _has_markers(text: str) -> bool:
@@ -358,9 +366,9 @@ def _tutorial(row: dict, files: _Files, where: str) -> tuple[Turn, ...]:
 
 def _other_shape(row: object, where: str, roles: list | None = None) -> InputError:
     found = f"keys {sorted(map(str, row))}" if isinstance(row, dict) else type(row).__name__
-    empty = sorted(str(key) for key, value in row.items() if value is None) if isinstance(row, dict) else []
+    empty = [key for key in TELLING if key in row and row[key] is None] if isinstance(row, dict) else []
     if empty:
-        found += f", of which {', '.join(map(repr, empty))} is empty: fill it, or delete the record"
+        found += f"; empty: {', '.join(map(repr, empty))}, fill it or delete the record"
     return InputError(f"{where}: needs {SHAPES}, has {found}{'' if roles is None else f' with roles {roles}'}")
 
 
@@ -449,8 +457,6 @@ def _check_order(turns: tuple[Turn, ...], where: str) -> None:
     for turn in turns:
         if turn.role == "assistant" and not all(isinstance(part, str) for part in turn.parts):
             raise InputError(f"{where}: an assistant turn must be text; only users show pictures and videos")
-        if turn.role == "assistant" and not turn.text.strip():
-            raise InputError(f"{where}: an assistant turn is empty; write the answer or delete the record")
         if turn.role == "assistant" and not isinstance(turn.reasoning, str | None):
             raise InputError(f"{where}: reasoning_content is {turn.reasoning!r:.40}, needs text")
 

@@ -172,6 +172,7 @@ def load_base(
     device: torch.device | str | None = None,
     quantization: Quantization | None = None,
     whole: bool = False,
+    for_sharding: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
     """The base model with its weights from safetensors, set to decode greedily.
@@ -182,14 +183,16 @@ def load_base(
         device: where the weights go; rounded ones are read to where they stay (default: the GPU).
         quantization: how linear layers are rounded; a checkpoint that is stored like that needs none.
         whole: weights that are stored in 4 or 8 bits become whole numbers, for merging.
+        for_sharding: if FSDP2 is to send them from rank 0, only that rank reads the weights: those of the others are
+            any numbers until accelerate has prepared the model.
         trust_remote_code: run Python code that comes with the checkpoint.
 
     Raises:
         InputError: weights are missing from the files or do not fit the configuration, or cannot be rounded here.
     """
-    if _sent_by_rank_0():
-        return _with_fast_patches(_to_be_filled(_without_weights(folder, trust_remote_code, dtype)))
     stored = stored_quantization(folder)
+    if for_sharding and _sent_by_rank_0() and not (quantization or stored):
+        return _with_fast_patches(_to_be_filled(folder, dtype, trust_remote_code))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
     loading: contextlib.AbstractContextManager = contextlib.nullcontext()
     if quantization:
@@ -228,9 +231,11 @@ def _to_round(shape: PreTrainedModel, family: Family, parts: Sequence[str]) -> s
     """The expression of the linear layers in these parts.
 
     Raises:
-        InputError: the head is among them, and it is the table of embeddings as well.
+        InputError: the head is among them, and it is the table of embeddings as well; or experts that are not there.
     """
     layers = [part for part in parts if part != "head"]
+    if "experts" in layers and "experts" not in family.lora_targets:
+        raise InputError(f"quantized_parts: {family.name} has no experts; leave experts out")
     targets = [family.target_regex(layers)] if layers else []
     if "head" in parts:
         if _is_tied(shape):
@@ -299,16 +304,11 @@ def check_untied(folder: Path, option: str, *, trust_remote_code: bool = False) 
         raise InputError(f"{option}: the table of embeddings in {folder} is its head, too; leave it out")
 
 
-def _without_weights(folder: Path, trust_remote_code: bool, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a checkpoint without memory for its weights, which have the types that they are loaded in; its
-    buffers are real."""
+def _without_weights(folder: Path, trust_remote_code: bool) -> PreTrainedModel:
+    """The modules of a checkpoint, without memory for their weights."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-    with init_empty_weights(include_buffers=False):
-        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    model.tie_weights()
-    for name, parameter in model.named_parameters():
-        parameter.data = parameter.data.to(torch.float32 if keeps_float32(model, name) else dtype)
-    return model
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _sent_by_rank_0() -> bool:
@@ -317,12 +317,16 @@ def _sent_by_rank_0() -> bool:
     return is_fsdp_enabled() and not is_local_dist_rank_0()
 
 
-def _to_be_filled(model: PreTrainedModel) -> PreTrainedModel:
-    """With weights on the CPU that nobody has written to: they have addresses, by which accelerate knows those of the
-    optimiser, and take no memory."""
-    for module in model.modules():
+def _to_be_filled(folder: Path, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
+    """A checkpoint's model whose weights have the types that they are loaded in, and are on the CPU, where nobody has
+    written to them: they have addresses, by which accelerate knows those of the optimiser, and take no memory."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+    for path, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
-            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu")))
+            kept = torch.float32 if keeps_float32(model, f"{path}.{name}") else dtype
+            setattr(module, name, torch.nn.Parameter(torch.empty_like(parameter, device="cpu", dtype=kept)))
     model.tie_weights()
     return model
 

@@ -52,6 +52,8 @@ def _to_train(part: str, family: Family, options: TrainOptions) -> str:
         return "leave it out, or name them: --new_tokens"
     if options.finetuning == "full":
         return "leave it out, or take it out of --freeze"
+    if options.lora_pattern:
+        return "leave it out, or train it: a wider --lora_pattern, or --finetuning full"
     adapted = part in (word for key in family.lora_targets for word in key.split("."))
     components = f"--lora_components {' '.join([*options.lora_components, part])}, or " if adapted else ""
     return f"leave it out, or train it: {components}--finetuning full"

@@ -183,12 +183,13 @@ class LatexOCR:
             min_p: sampling from tokens with at least this share of the best one's probability.
             progress: show a progress bar.
         """
+        from PIL import Image
         from tqdm.auto import tqdm
 
         from latexocr.decoding import decoder_for
         from latexocr.generate import generate
 
-        if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        if isinstance(images, str | bytes | bytearray | Path | Image.Image) or getattr(images, "ndim", 4) in (2, 3):
             raise InputError(f"generate reads a list of images, got one ({type(images).__name__}): write [image]")
         if batch_size < 1:
             raise InputError(f"batch_size is {batch_size}, needs at least 1")

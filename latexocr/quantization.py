@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import re
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -29,6 +30,7 @@ SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little 
 BLOCK = 64  # weights a scale
 PACKAGE = "bitsandbytes"
 STOCK = "bitsandbytes_4bit"  # by which transformers finds what rounds
+_TABLE = threading.Lock()  # one model at a time puts something else there
 INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
 
 
@@ -124,12 +126,13 @@ def stacked_experts_rounded(targets: str) -> Iterator[None]:
         def get_quantize_ops(self) -> Rounding:
             return Rounding(self)
 
-    before = auto.AUTO_QUANTIZER_MAPPING[STOCK]
-    auto.AUTO_QUANTIZER_MAPPING[STOCK] = Quantizer
-    try:
-        yield
-    finally:
-        auto.AUTO_QUANTIZER_MAPPING[STOCK] = before
+    with _TABLE:
+        before = auto.AUTO_QUANTIZER_MAPPING[STOCK]
+        auto.AUTO_QUANTIZER_MAPPING[STOCK] = Quantizer
+        try:
+            yield
+        finally:
+            auto.AUTO_QUANTIZER_MAPPING[STOCK] = before
 
 
 def kept_modules(model: torch.nn.Module, targets: str, name: str = "") -> list[str]:

@@ -316,6 +316,7 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
             dtype=dtype,
             device=config.device if config.quantization else None,
             quantization=config.quantization,
+            for_sharding=True,
             trust_remote_code=config.trust_remote_code,
         )
         if config.offload_embeddings:  # before anything else needs the memory
@@ -348,7 +349,8 @@ def _load_whole(config: TrainConfig, data: Data) -> PreTrainedModel:
     if config.init_from_config:
         model = fresh_base(data.base_folder, trust_remote_code=config.trust_remote_code)
     else:
-        model = load_base(data.base_folder, dtype=torch.float32, trust_remote_code=config.trust_remote_code)
+        options = {"for_sharding": True, "trust_remote_code": config.trust_remote_code}
+        model = load_base(data.base_folder, dtype=torch.float32, **options)
     make_room(model, data.preprocessor.new_tokens)
     freeze(model, data.preprocessor.family, config.freeze)
     return model

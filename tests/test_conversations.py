@@ -244,6 +244,19 @@ def test_pictures_of_a_document_are_numbered_as_in_a_conversation(folder, tiny_m
     assert f"{first}{seen}{second}{seen}Read." in talk
 
 
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"image": "a.png", "text": r"a <row_no_1> b"},  # no marker where the image has a column of its own
+        {"image": "a.png", "text": ""},  # a blank picture
+        chat(("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "x")),
+    ],
+)
+def test_rows_that_look_wrong_and_are_not(folder, row):
+    (record,) = read_records(write(folder, row))
+    assert record.turns[-1].text in (row.get("text"), "x")
+
+
 BAD = {
     "no assistant": (chat(("user", "Which?")), "no assistant turn, so nothing to learn"),
     "no answer": (chat(("user", "a"), ("assistant", "b"), ("user", "c")), "ends with a user turn that nobody answers"),
@@ -264,7 +277,7 @@ BAD = {
         "unknown key 'max_pixels'; sizes are set by",
     ),
     "answer": ({"text": "a", "answer": 3}, "an assistant turn must be text"),
-    "empty answer": (chat(("user", "a"), ("assistant", " ")), "an assistant turn is empty; write the answer"),
+    "empty answer": (chat(("user", "a"), ("assistant", " ")), "the last assistant turn is empty; write the answer"),
     "numbered key": (
         {"text": "a<image_no_1>b<image_no_3>", "image_no_1": "a.png", "image_no_2": "b.png"},
         "<image_no_3> has no image: the row names 2; add its path under 'image_no_3'",

@@ -159,7 +159,7 @@ def test_ranks_that_get_their_weights_from_rank_0(model_type, tiny_models, monke
     loaded = load_base(tiny_models[model_type], dtype=torch.bfloat16)
     monkeypatch.setattr("latexocr.modeling._sent_by_rank_0", lambda: True)
     monkeypatch.setattr("latexocr.modeling.AutoModelForImageTextToText.from_pretrained", None)  # nothing is read
-    waiting = load_base(tiny_models[model_type], dtype=torch.bfloat16)
+    waiting = load_base(tiny_models[model_type], dtype=torch.bfloat16, for_sharding=True)
     for one, other in ((loaded, waiting), (waiting, loaded)):
         names = dict(other.named_parameters())
         for name, parameter in one.named_parameters():
@@ -168,6 +168,10 @@ def test_ranks_that_get_their_weights_from_rank_0(model_type, tiny_models, monke
     assert {parameter.device.type for parameter in waiting.parameters()} == {"cpu"}
     buffers = dict(loaded.named_buffers())
     assert buffers and all(torch.equal(value, buffers[name]) for name, value in waiting.named_buffers())
+    monkeypatch.undo()  # whoever reads a model in such a process, to use it, gets its weights
+    monkeypatch.setattr("latexocr.modeling._sent_by_rank_0", lambda: True)
+    again = load_base(tiny_models[model_type], dtype=torch.bfloat16)
+    assert torch.equal(again.lm_head.weight, loaded.lm_head.weight)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

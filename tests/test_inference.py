@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from conftest import MODEL_TYPES, SAMPLE, write_records
@@ -264,9 +265,12 @@ def test_predict_streams_a_line_and_names_the_picture_that_it_warns_of(adapter, 
 
 
 def test_generate_takes_a_list(ocr):
-    for image in (IMAGES[0], Path(IMAGES[0]), b"", Image.new("L", (9, 9))):
+    array = np.zeros((9, 40, 3), np.uint8)
+    for image in (IMAGES[0], Path(IMAGES[0]), b"", bytearray(2), Image.new("L", (9, 9)), array):
         with pytest.raises(InputError, match=r"generate reads a list of images, got one \(.*\): write \[image\]"):
             ocr.generate(image)
+    assert len(ocr.generate(np.stack([array, array]), max_new_tokens=1)) == 2
+    assert len(ocr.generate(pandas.Series(IMAGES[:1]), max_new_tokens=1)) == 1
 
 
 def test_a_blank_picture_is_not_read(ocr, tmp_path, capsys, caplog):

@@ -111,6 +111,10 @@ def recipes() -> list[tuple[str, str]]:
     return [(what, flags) for what, how in rows for flags in re.findall(r"`(--[^`]+)`", how)]
 
 
+def test_the_table_of_recipes_is_found():
+    assert len(recipes()) >= 15
+
+
 @pytest.mark.parametrize(("what", "flags"), recipes())
 def test_recipes_are_accepted_as_printed(what, flags, tiny_models, records, tmp_path):
     """Up to the loaded model, on a tiny base of the family."""

@@ -134,7 +134,7 @@ def test_tables(tmp_path, monkeypatch, kind):
 def test_a_table_with_an_empty_picture(tmp_path, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
     table(tmp_path, image=["a.png", None], text=["x", "y"]).to_parquet(str(tmp_path / "t.parquet"))
-    message = r"t\.parquet record 1: needs .* has keys \['image', 'text'\], of which 'image' is empty: fill it"
+    message = r"t\.parquet record 1: needs .* has keys \['image', 'text'\]; empty: 'image', fill it"
     with pytest.raises(InputError, match=message):
         read_records(tmp_path / "t.parquet")
 
