@@ -338,7 +338,8 @@ def _turns(row: object, files: _Files, where: str) -> tuple[Turn, ...]:
 
 def _is_question(text: str, keys: set) -> bool:
     """Whether a text holds markers, rather than being the answer to an image."""
-    return "answer" in keys or bool(MARKER.search(text)) or ("image" not in keys and _has_markers(text))
+    marked = MARKER.search(text) if "image" in keys else _has_markers(text)
+    return "answer" in keys or bool(marked)
 
 
 def _has_markers(text: str) -> bool:

@@ -455,14 +455,7 @@ def _weighted_sum_backward_kernel(
 
 
 def weighted_sum(rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor, theirs: torch.Tensor) -> torch.Tensor:
-    """(tokens, width): the sum of each token's rows, each times its share; rows that nobody has are not read.
-
-    Args:
-        rows: (pairs, width), contiguous.
-        places: (tokens, k) numbers of rows.
-        shares: (tokens, k), contiguous.
-        theirs: (tokens, k) of bool, contiguous: which count.
-    """
+    """See `latexocr.experts.weighted_sum`; all contiguous. Rows that are nobody's are not read."""
     out = rows.new_empty(len(places), rows.shape[1])
     _weighted_sum_kernel[(len(places),)](
         rows, places, shares, theirs, out, rows.shape[1], TOP=places.shape[1],
@@ -474,7 +467,7 @@ def weighted_sum(rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor,
 def weighted_sum_backward(
     grad: torch.Tensor, rows: torch.Tensor, places: torch.Tensor, shares: torch.Tensor, theirs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients of rows, only those that somebody has, and shares of `weighted_sum`."""
+    """See `latexocr.experts.weighted_sum_backward`; all contiguous."""
     grads = torch.empty_like(rows), torch.empty_like(shares)
     _weighted_sum_backward_kernel[(len(places),)](
         grad, rows, places, shares, theirs, *grads, rows.shape[1], TOP=places.shape[1],

@@ -126,7 +126,7 @@ class FusedExperts(_Fused):
 
     def _activate(self, gate_and_up: torch.Tensor) -> torch.Tensor:
         if lora.takes(gate_and_up):
-            return _StackedSwiGLU.apply(gate_and_up)
+            return _SwiGLU.apply(gate_and_up)
         gate, up = gate_and_up.chunk(2, dim=1)
         return self.act_fn(gate) * up
 
@@ -195,43 +195,27 @@ class _RMSNorm(torch.autograd.Function):
 
 
 class _SwiGLU(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
-        from latexocr import kernels
-
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        return kernels.swiglu(gate, up)
+    """Of gate and up, or of one tensor (rows, 2 * inner) that holds them side by side."""
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx: Any, *given: torch.Tensor) -> torch.Tensor:
         from latexocr import kernels
 
-        gate, up = ctx.saved_tensors
-        grads = torch.empty_like(gate), torch.empty_like(up)
-        kernels.swiglu_backward(grad.contiguous(), gate, up, grads)
+        given = tuple(tensor.contiguous() for tensor in given)
+        ctx.save_for_backward(*given)
+        return kernels.swiglu(*_gate_and_up(given))
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        from latexocr import kernels
+
+        grads = tuple(map(torch.empty_like, ctx.saved_tensors))
+        kernels.swiglu_backward(grad.contiguous(), *_gate_and_up(ctx.saved_tensors), _gate_and_up(grads))
         return grads
 
 
-class _StackedSwiGLU(torch.autograd.Function):
-    """Gate and up side by side: (rows, 2 * inner) -> (rows, inner)."""
-
-    @staticmethod
-    def forward(ctx: Any, both: torch.Tensor) -> torch.Tensor:
-        from latexocr import kernels
-
-        both = both.contiguous()
-        ctx.save_for_backward(both)
-        return kernels.swiglu(*both.chunk(2, dim=1))
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
-        from latexocr import kernels
-
-        (both,) = ctx.saved_tensors
-        grads = torch.empty_like(both)
-        kernels.swiglu_backward(grad.contiguous(), *both.chunk(2, dim=1), grads.chunk(2, dim=1))
-        return grads
+def _gate_and_up(given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return given if len(given) == 2 else given[0].chunk(2, dim=-1)
 
 
 class _QuickGELU(torch.autograd.Function):

@@ -15,7 +15,7 @@ import contextlib
 import importlib.util
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 ROUNDABLE = ("language", "vision", "merger", "head", "experts")
 SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little to be had in exchange for accuracy
-BLOCK = 64  # weights a scale
 PACKAGE = "bitsandbytes"
 STOCK = "bitsandbytes_4bit"  # by which transformers finds what rounds
 _TABLE = threading.Lock()  # one model at a time puts something else there
@@ -115,7 +114,7 @@ def stacked_experts_rounded(targets: str) -> Iterator[None]:
                     found |= super().convert({name: given}, model=model, **more)
                 else:
                     value = given[0] if isinstance(given, list) else given
-                    found[name] = Params4bit(value, quant_type="nf4", blocksize=BLOCK).to(value.device)
+                    found[name] = Params4bit(value, quant_type="nf4").to(value.device)
             return found
 
     class Quantizer(Bnb4BitHfQuantizer):
@@ -179,11 +178,8 @@ def whole_beside(
     from torch.nn.functional import pad
 
     rows = rows or slice(0, layer.out_features)
-    if b.is_cuda and _has_triton():
-        from latexocr import nf4
-
-        if nf4.takes(layer.weight.quant_state):
-            return nf4.whole_beside(layer.weight.data, layer.weight.quant_state, b, before, behind, rows.start)
+    if kernel := _kernel(layer.weight):
+        return kernel(layer.weight.data, layer.weight.quant_state, b, before, behind, rows.start)
     return torch.cat([weights(layer, b.dtype)[rows], pad(b, (before, behind))], dim=1)
 
 
@@ -200,15 +196,22 @@ def weights(layer: Any, dtype: torch.dtype) -> torch.Tensor:
 def whole(parameter: torch.nn.Parameter) -> torch.Tensor:
     """The numbers of a parameter in 4 bits, in the shape and the type that it had."""
     packed, state = parameter.data, parameter.quant_state
-    if packed.is_cuda and _has_triton():
-        from latexocr import nf4
-
-        if nf4.takes(state):
-            nothing = packed.new_empty(state.shape[:-1].numel(), 0, dtype=state.dtype)
-            return nf4.whole_beside(packed, state, nothing, 0, 0).view(state.shape)
+    if kernel := _kernel(parameter):
+        nothing = packed.new_empty(state.shape[:-1].numel(), 0, dtype=state.dtype)
+        return kernel(packed, state, nothing, 0, 0).view(state.shape)
     from bitsandbytes.functional import dequantize_4bit
 
     return dequantize_4bit(packed, state)
+
+
+def _kernel(parameter: torch.nn.Parameter) -> Callable[..., torch.Tensor] | None:
+    """`nf4.whole_beside`, where it takes this parameter."""
+    if parameter.is_cuda and _has_triton():
+        from latexocr import nf4
+
+        if nf4.takes(parameter.quant_state):
+            return nf4.whole_beside
+    return None
 
 
 @cache

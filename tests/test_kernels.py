@@ -40,7 +40,7 @@ kernels.swiglu_backward(grad, gate.detach(), up.detach(), grads)
 check("swiglu", (kernels.swiglu(gate.detach(), up.detach()), wanted), (grads[0], gate.grad), (grads[1], up.grad))
 
 both, grad_y = torch.randn(5, 2 * 300, requires_grad=True), torch.randn(5, 300)
-y = layers._StackedSwiGLU.apply(both)
+y = layers._SwiGLU.apply(both)
 (found_grad,) = torch.autograd.grad(y, both, grad_y)
 wanted = silu(both[:, :300]) * both[:, 300:]
 check("stacked swiglu", (y, wanted), (found_grad, torch.autograd.grad(wanted, both, grad_y)[0]))
