@@ -209,8 +209,9 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, ...]:
         from latexocr import kernels
 
-        grads = tuple(map(torch.empty_like, ctx.saved_tensors))
-        kernels.swiglu_backward(grad.contiguous(), *_gate_and_up(ctx.saved_tensors), _gate_and_up(grads))
+        given = ctx.saved_tensors  # read once: checkpointing gives them out once
+        grads = tuple(map(torch.empty_like, given))
+        kernels.swiglu_backward(grad.contiguous(), *_gate_and_up(given), _gate_and_up(grads))
         return grads
 
 
