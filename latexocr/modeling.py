@@ -14,7 +14,14 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
 from torch.nn.functional import linear
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoProcessor, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    GenerationConfig,
+    PreTrainedModel,
+    modeling_utils,
+)
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping, register_checkpoint_conversion_mapping
 from transformers.core_model_loading import WeightRenaming
 from transformers.distributed.utils import is_local_dist_rank_0
@@ -25,6 +32,7 @@ from latexocr.checkpoint import ADAPTER_CONFIG, HUB_ID, MODEL_CONFIG, read_json
 from latexocr.contract import Contract, write_text
 from latexocr.errors import InputError
 from latexocr.families import Family, families, family_of
+from latexocr.host_embedding import keep_on_host
 from latexocr.images import ImagePolicy
 from latexocr.layers import fuse_rounded_experts
 from latexocr.quantization import (
@@ -172,6 +180,7 @@ def load_base(
     device: torch.device | str | None = None,
     quantization: Quantization | None = None,
     whole: bool = False,
+    offload_embeddings: bool = False,
     for_sharding: bool = False,
     trust_remote_code: bool = False,
 ) -> PreTrainedModel:
@@ -183,6 +192,8 @@ def load_base(
         device: where the weights go; rounded ones are read to where they stay (default: the GPU).
         quantization: how linear layers are rounded; a checkpoint that is stored like that needs none.
         whole: weights that are stored in 4 or 8 bits become whole numbers, for merging.
+        offload_embeddings: the table of embeddings is in pinned host memory, see `keep_on_host`; of a model that is
+            rounded here it never is on the GPU.
         for_sharding: if FSDP2 is to send them from rank 0, only that rank reads the weights: those of the others are
             any numbers until accelerate has prepared the model.
         trust_remote_code: run Python code that comes with the checkpoint.
@@ -194,7 +205,7 @@ def load_base(
     if for_sharding and _sent_by_rank_0() and not (quantization or stored):
         return _with_fast_patches(_to_be_filled(folder, dtype, trust_remote_code))
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-    loading: contextlib.AbstractContextManager = contextlib.nullcontext()
+    loading = contextlib.ExitStack()
     if quantization:
         check_whole(folder, "quantization")
         check_installed(f"{folder} in {quantization.bits} bits")
@@ -202,11 +213,15 @@ def load_base(
         targets = _to_round(shape, family_in(folder), quantization.parts)
         options |= loading_options(quantization, shape, targets, dtype)
         if "experts" in quantization.parts:
-            loading = stacked_experts_rounded(targets)
+            loading.enter_context(stacked_experts_rounded(targets))
     elif stored == PACKAGE:
         check_installed(f"{folder}, stored in 4 or 8 bits,", "take the whole checkpoint")
     if quantization or stored:
         options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        if quantization and offload_embeddings:
+            options["device_map"][_table_name(shape)] = "cpu"
+            options["quantization_config"].llm_int8_enable_fp32_cpu_offload = True  # accept that map
+            loading.enter_context(_nothing_moved())
     try:
         with no_progress_bars(), loading:
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -218,6 +233,8 @@ def load_base(
         missing = sorted(info["missing_keys"])
         raise InputError(f"{folder}: {len(missing)} weights are missing from the files, first {missing[0]}")
     model = _with_fast_patches(model)
+    if offload_embeddings:
+        keep_on_host(model)
     if "device_map" in options:  # the weights are where they belong
         settle(model, dtype)
         fuse_rounded_experts(model)
@@ -242,6 +259,22 @@ def _to_round(shape: PreTrainedModel, family: Family, parts: Sequence[str]) -> s
             raise InputError("quantized_parts: the head of this model is its table of embeddings, too; leave head out")
         targets.append(r"\.lm_head")
     return "|".join(targets)
+
+
+def _table_name(model: PreTrainedModel) -> str:
+    table = model.get_input_embeddings()
+    return next(name for name, module in model.named_modules() if module is table)
+
+
+@contextlib.contextmanager
+def _nothing_moved() -> Iterator[None]:
+    """Let `from_pretrained` leave a part on the CPU without hooks: they would copy it in every forward."""
+    dispatch = modeling_utils.accelerate_dispatch
+    modeling_utils.accelerate_dispatch = lambda *_: None
+    try:
+        yield
+    finally:
+        modeling_utils.accelerate_dispatch = dispatch
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -36,7 +36,6 @@ from latexocr.errors import InputError
 from latexocr.evaluate import score_rows
 from latexocr.families import Family
 from latexocr.formats import Access
-from latexocr.host_embedding import keep_on_host
 from latexocr.images import ImagePolicy
 from latexocr.initialisation import loftq, pissa
 from latexocr.metrics.fields import check_fields
@@ -316,11 +315,10 @@ def _load_with_lora(config: TrainConfig, data: Data, checkpoint: Path | None) ->
             dtype=dtype,
             device=config.device if config.quantization else None,
             quantization=config.quantization,
+            offload_embeddings=config.offload_embeddings,
             for_sharding=True,
             trust_remote_code=config.trust_remote_code,
         )
-        if config.offload_embeddings:  # before anything else needs the memory
-            keep_on_host(base)
         pieces = data.preprocessor.new_tokens
         make_room(base, pieces)
         model = add_lora(

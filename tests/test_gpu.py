@@ -90,6 +90,7 @@ def test_embeddings_on_the_host(model_type, name, tiny_models, config, records, 
         assert (captured[host] > 0) is made.cuda_graphs
         assert model.device.type == "cuda" and unsupported(model.eval(), trainer.generation) is None
         assert [(table.is_pinned(), table.device.type) for table in host_tables(model)] == [(True, "cpu")] * host
+        assert not any(hasattr(part, "_hf_hook") for part in model.modules())  # which would copy it, every step
     assert len(found[True]) == 8 + 2 + 2 and found[True] == pytest.approx(found[False], rel=0.01, abs=0.05)
     assert found[True][0] == pytest.approx(found[False][0], rel=1e-5)
     assert captured[True] == captured[False]
