@@ -1,7 +1,8 @@
 """How published checkpoints write a conversation: special tokens, chat template, processor classes.
 
 The templates are written for `latexocr build`, after what the published ones give for an instruction with a picture
-and its answer.
+and its answer: Qwen's as repeated in many public repositories, ERNIE's as in transformers'
+`convert_ernie4_5_vl_moe_to_hf.py`, PaddleOCR-VL's as of its second edition (the first had `Assistant: `).
 """
 
 from __future__ import annotations
@@ -11,11 +12,8 @@ from typing import Any
 
 from latexocr.config import PROMPT
 
-QWEN_TEMPLATE = """\
+QWEN3_TEMPLATE = """\
 {%- for message in messages -%}
-{%- if loop.first and message.role != 'system' -%}
-{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
-{%- endif -%}
 {{- '<|im_start|>' + message.role + '\\n' -}}
 {%- if message.content is string -%}
 {{- message.content -}}
@@ -34,6 +32,14 @@ QWEN_TEMPLATE = """\
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '<|im_start|>assistant\\n' -}}{%- endif -%}
 """
+QWEN2_TEMPLATE = (
+    """\
+{%- if messages[0].role != 'system' -%}
+{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' -}}
+{%- endif -%}
+"""
+    + QWEN3_TEMPLATE
+)
 ERNIE_TEMPLATE = """\
 {{- '<|begin_of_sentence|>' -}}
 {%- set images = namespace(count=0) -%}
@@ -110,14 +116,14 @@ class Dialect:
     video: dict[str, Any] = field(default_factory=dict)
 
 
-def _qwen(*processor: str) -> Dialect:
+def _qwen(*processor: str, template: str = QWEN2_TEMPLATE) -> Dialect:
     return Dialect(
         tokens=("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
                 "<|image_pad|>", "<|video_pad|>"),
         roles={"image_token": "<|image_pad|>", "video_token": "<|video_pad|>",
                "vision_start_token": "<|vision_start|>", "vision_end_token": "<|vision_end|>"},
         begin="<|endoftext|>", end="<|im_end|>", pad="<|endoftext|>",
-        template=QWEN_TEMPLATE,
+        template=template,
         words=("system\nYou are a helpful assistant.", "\nuser\n", PROMPT, "\nassistant\n"),
         processor=processor,
     )  # fmt: skip
@@ -131,7 +137,7 @@ BAIDU_TOKENS = (
 DIALECTS: dict[str, Dialect] = {
     "qwen2_vl": _qwen("Qwen2VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
     "qwen2_5_vl": _qwen("Qwen2_5_VLProcessor", "Qwen2VLImageProcessor", "Qwen2VLVideoProcessor"),
-    "qwen3_vl": _qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor"),
+    "qwen3_vl": _qwen("Qwen3VLProcessor", "Qwen2VLImageProcessor", "Qwen3VLVideoProcessor", template=QWEN3_TEMPLATE),
     "ernie4_5_vl_moe": Dialect(
         tokens=(*BAIDU_TOKENS, "<think>", "</think>"),
         roles={"image_token": "<|IMAGE_PLACEHOLDER|>", "image_start_token": "<|IMAGE_START|>",

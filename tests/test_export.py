@@ -23,8 +23,10 @@ PICTURE = SAMPLE / "images/000000.png"
 LAYER = "{input,post_attention}_layernorm.weight self_attn.o_proj.weight mlp.{gate,up,down}_proj.weight "
 QWEN2 = LAYER + "self_attn.{q,k,v}_proj.{weight,bias}"
 PLAIN = LAYER + "self_attn.{q,k,v}_proj.weight"
-# Tensor names of the published checkpoints as we know them (no index file could be fetched), for tied embeddings:
-# numbers of layers and experts are N, braces as in a shell. (prefix of the names that follow, names), ...
+# Tensor names of the published checkpoints, for tied embeddings: numbers of layers and experts are N, braces as in a
+# shell. (prefix of the names that follow, names), ... No hub could be reached. Qwen's names were compared with copies
+# of index files (COPIES), the others with what a loader reads: vllm-project/vllm, in vllm/model_executor/models/
+# ernie45_vl.py, ernie45_vl_moe.py (experts of text come before those of pictures) and paddleocr_vl.py.
 EXPECTED = {
     "qwen2_vl": (  # Qwen/Qwen2-VL-2B-Instruct
         ("model.", "embed_tokens.weight norm.weight"),
@@ -88,12 +90,24 @@ def names_in(folder) -> set[str]:
     return {re.sub(numbered, r"\1.N.", name) for name in names}
 
 
-def test_names_are_as_many_as_published():
-    """Qwen2-VL-2B, 28 and 32 layers, has 729 tensors, Qwen2.5-VL-3B, 36 and 32 layers, 824."""
-    for model_type, layers, number in (("qwen2_vl", 28, 729), ("qwen2_5_vl", 36, 824)):
-        names = expected_names(model_type)
-        deep, tower = (sum(part in name for name in names) for part in ("layers.N.", "blocks.N."))
-        assert len(names) - deep - tower + layers * deep + 32 * tower == number
+# What model.safetensors.index.json lists in public copies of checkpoints of this architecture and size.
+# model type -> (times that a name with N stands for, separate heads, tensors)
+COPIES = {
+    # BrianYAU-NTEC/olmOCR, fine-tuned Qwen2-VL-7B: 28 x 12 + 32 x 12 + 7 + 2 + 1
+    "qwen2_vl": ({"model.layers.": 28, "visual.blocks.": 32}, 1, 730),
+    # zhanggaojian/Qwen2.5-VL-3B-LLMQ_Samples, models/Qwen2.5-VL-3B-Instruct: 36 x 12 + 32 x 12 + 6 + 2, no head
+    "qwen2_5_vl": ({"model.layers.": 36, "visual.blocks.": 32}, 0, 824),
+    # sarcascoder/nvidia-reason2, Cosmos-Reason2-8B made of Qwen3-VL-8B: 36 x 11 + 27 x 12 + (1 + 3) x 6 + 3 + 2 + 1
+    "qwen3_vl": ({"language_model.layers.": 36, "visual.blocks.": 27, "deepstack_merger_list.": 3}, 1, 750),
+}
+
+
+@pytest.mark.parametrize("model_type", COPIES)
+def test_names_are_as_many_as_published(model_type):
+    repeated, heads, number = COPIES[model_type]
+    names = expected_names(model_type)
+    times = [next((n for part, n in repeated.items() if f"{part}N." in name), 1) for name in names]
+    assert sum(times) + heads == number
 
 
 @pytest.fixture(scope="module")

@@ -31,12 +31,16 @@ from latexocr.shapes import SHAPES
 from latexocr.train import load_preprocessor, train
 from latexocr.trainer import FormulaTrainer
 
-# Parameters as we know them of the published checkpoints; ERNIE's is what its shape gives, nobody counted it for us.
+# Parameters of the published checkpoints, as others give them; halved: a size in bytes. In the order below: of
+# vdr-2b-multi-v1, made of it (embeddings-benchmark/mteb, vdr_models.py); `total_size` in the index of olmOCR, too
+# (BrianYAU-NTEC/olmOCR); `total_size` in a copied index (zhanggaojian/Qwen2.5-VL-3B-LLMQ_Samples); as text encoder of
+# Qwen-Image (exo-explore/exo, model_cards.py); 32b, 8b and 0.9b (of version 1.6): what others' code expects.
+# ERNIE's is what its shape gives, nobody counted it for us.
 PUBLISHED = {
     ("qwen2_vl", "2b"): 2_208_985_600,
-    ("qwen2_vl", "7b"): 8_291_375_616,
-    ("qwen2_5_vl", "3b"): 3_754_622_976,
-    ("qwen2_5_vl", "7b"): 8_292_166_656,
+    ("qwen2_vl", "7b"): 16_582_751_232 // 2,
+    ("qwen2_5_vl", "3b"): 7_509_245_952 // 2,
+    ("qwen2_5_vl", "7b"): 16_584_333_312 // 2,
     ("qwen2_5_vl", "32b"): 33_452_718_336,
     ("qwen3_vl", "8b"): 8_767_123_696,
     ("ernie4_5_vl_moe", "28b-a3b"): 29_399_294_336,
@@ -86,6 +90,8 @@ HUB_NAMES = {
 CONVERSATIONS = {
     "qwen2_vl": "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|>"
     "<|image_pad|>x2<|vision_end|>Read.<|im_end|>\n<|im_start|>assistant\n⟦x ^ 2<|im_end|>⟧",
+    "qwen3_vl": "<|im_start|>user\n<|vision_start|><|image_pad|>x2<|vision_end|>Read.<|im_end|>\n"
+    "<|im_start|>assistant\n⟦x ^ 2<|im_end|>⟧",  # no system turn of its own
     "ernie4_5_vl_moe": "<|begin_of_sentence|>User: Picture 1:<|IMAGE_START|><|IMAGE_PLACEHOLDER|>x2<|IMAGE_END|>Read."
     "\nAssistant: <think>\n\n</think>\n\n⟦x ^ 2<|end_of_sentence|>⟧",
     "paddleocr_vl": "<|begin_of_sentence|>User: <|IMAGE_START|><|IMAGE_PLACEHOLDER|>x2<|IMAGE_END|>Read."
