@@ -24,7 +24,7 @@ from latexocr.errors import InputError, nearest
 from latexocr.families import Family, family_of
 from latexocr.modeling import inner_model, read_config
 from latexocr.new_tokens import add_rows, train_rows
-from latexocr.quantization import is_rounded
+from latexocr.quantization import is_rounded, num_weights
 
 
 def add_lora(
@@ -157,7 +157,7 @@ def trainable_parameters(model: torch.nn.Module) -> dict[str, tuple[int, int]]:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             part = family.part_of(name)
-            parameters[part] += parameter.numel()
+            parameters[part] += num_weights(parameter)
             modules.setdefault(part, set()).add(name.split(".lora_")[0])
     return {part: (count, len(modules[part])) for part, count in parameters.items()}
 

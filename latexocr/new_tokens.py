@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft.tuners.trainable_tokens import TrainableTokensLayer
+from peft.utils.integrations import gather_params_ctx
 from torch.nn.functional import embedding, linear
 from transformers import PreTrainedModel
 
@@ -62,7 +63,7 @@ def add_tokens(tokenizer: Any, words: Sequence[str]) -> dict[int, list[int]]:
 
 def add_rows(model: PreTrainedModel, num_tokens: int) -> None:
     """Room for `num_tokens` tokens in the embeddings and the head; many checkpoints have spare rows."""
-    if num_tokens > len(model.get_input_embeddings().weight):
+    if num_tokens > model.get_input_embeddings().num_embeddings:
         model.resize_token_embeddings(num_tokens, mean_resizing=False)
 
 
@@ -76,9 +77,10 @@ def make_room(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:
     """
     add_rows(model, max(pieces, default=-1) + 1)
     matrices = {part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for weight in matrices:  # one where they are tied
-        for token, parts in pieces.items():
-            weight[token] = weight[parts].float().mean(0)
+    for weight in matrices if pieces else ():  # one where they are tied
+        with gather_params_ctx(weight):  # shards of ZeRO-3
+            for token, parts in pieces.items():
+                weight[token] = weight[parts].float().mean(0)
 
 
 class FewTokens(TrainableTokensLayer):

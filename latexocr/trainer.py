@@ -130,8 +130,9 @@ class FormulaTrainer(Trainer):
 
     def get_decay_parameter_names(self, model: Any) -> list[str]:
         """Weights decay, biases and norms do not: told by their shape, because stock Trainer goes by names and
-        misses some (`norm1` of Qwen2.5-VL's vision tower)."""
-        return [name for name, parameter in model.named_parameters() if parameter.dim() > 1]
+        misses some (`norm1` of Qwen2.5-VL's vision tower). A shard of ZeRO-3 is flat and knows the whole's shape."""
+        shapes = {name: getattr(weight, "ds_shape", weight.shape) for name, weight in model.named_parameters()}
+        return [name for name, shape in shapes.items() if len(shape) > 1]
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """The stock one, with groups of our own where learning rates differ."""

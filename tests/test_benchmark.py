@@ -118,6 +118,17 @@ def test_full_size(run, data, tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs: pip install deepspeed")
+def test_full_size_sharded(run, data, tiny, monkeypatch):
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    found = run("full_size.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 4, "--lora-r", 16,
+                "--recipes", "lora", "--batches", 2, "--ranks", 2, "--sharded", "zero3")  # fmt: skip
+    (row,) = found["results"]
+    assert row["loaded_again"] == pytest.approx(row["validation_loss"], rel=1e-5)
+    assert (row["ranks"], row["sharded"]) == (2, "zero3")
+
+
+@pytest.mark.slow
 def test_generation(run, data, tiny):
     found = run("generation.py", "--data", data, "--size", "tiny", "--model", tiny, "--images", 6,
                 "--images-one-by-one", 2, "--tokens", 5, "--batch-sizes", 4)  # fmt: skip
@@ -150,6 +161,11 @@ def test_counted_work(tiny, records):
     tokens, answers = (sum(getattr(count, name) for count in counts) / 24 for name in ("total", "answer"))
     expected = 4 * language * tokens + 2 * vision * 288 + 4 * head * answers  # 504 x 112 pixels are 36 x 8 patches
     assert load("common").flop_per_sample(tiny, records["train"]) == pytest.approx(expected)
+
+
+def test_what_shards_is_a_file_of_the_launcher():
+    for name in load("common").SHARDED:
+        assert (ROOT / f"scripts/accelerate/{name}.yaml").is_file()
 
 
 def test_steps_and_flags():

@@ -41,6 +41,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "packing": {"neat_packing": True},  # llamafactory
 }
+SHARDED = ("fsdp2", "zero3")  # files in scripts/accelerate
 # every benchmark's work: pictures at 504 x 112, nothing saved, nothing tracked
 WORK = {"image_mode": "fixed", "save_strategy": "no", "swanlab_mode": "disabled", "disable_tqdm": True}
 
@@ -114,7 +115,7 @@ def train(
     steps: int | None = None,
     epochs: int | None = None,
     ranks: int = 1,
-    sharded: bool = False,
+    sharded: str | None = None,
     options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train one variant in a process of its own and read its metrics.
@@ -124,7 +125,7 @@ def train(
         steps: optimiser steps, or
         epochs: passes over all of `data`.
         ranks: processes, one a GPU; this library only.
-        sharded: the weights over the ranks, by FSDP2.
+        sharded: by what the weights are spread over the ranks, one of `SHARDED`.
         options: more options of `latexocr train`.
 
     Raises:
@@ -147,7 +148,7 @@ def train(
             sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", ranks]  # fmt: skip
         if sharded:
             started = [sys.executable, "-m", "accelerate.commands.launch", "--config_file",
-                       ROOT / "scripts/accelerate/fsdp2.yaml", "--num_processes", ranks]  # fmt: skip
+                       ROOT / f"scripts/accelerate/{sharded}.yaml", "--num_processes", ranks]  # fmt: skip
         command = [*started, ROOT / "scripts/train.py", *_flags({**given, **WORK, **OURS[system], **(options or {})})]
     begun = time.perf_counter()
     run(command, SITES.get(system))

@@ -2,7 +2,7 @@
 
     latexocr build --output 2b --model-type qwen2_vl --size 2b --dtype bfloat16
     python scripts/benchmark/full_size.py --model 2b --data outputs/data/train.json --recipes lora qlora --batches 1 16
-    python scripts/benchmark/full_size.py --model 7b --data outputs/data/train.json --recipes lora --ranks 2 --sharded
+    python scripts/benchmark/full_size.py --model 7b --data train.json --recipes lora --ranks 2 --sharded fsdp2
 
 Each run is `latexocr train` in a process of its own, with gradient checkpointing unless told otherwise; its line of
 JSON goes to stderr when it has ended, all of them are printed at the end. For the last of the
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of every run (default: 2,400 samples, 16 to 150 steps)")
     parser.add_argument("--lora-r", type=int, default=64)
     parser.add_argument("--ranks", type=int, default=1, help="processes, one a GPU")
-    parser.add_argument("--sharded", action="store_true", help="FSDP2, see scripts/accelerate/fsdp2.yaml")
+    parser.add_argument("--sharded", choices=common.SHARDED, help="by what, see scripts/accelerate")
     parser.add_argument("--no-checkpointing", dest="checkpointing", action="store_false")
     parser.add_argument("--options", nargs="*", default=[], metavar="NAME=VALUE", help="more of `latexocr train`")
     parser.add_argument("--loss-of", type=Path, help="only print the loss of what was saved there on --data")
