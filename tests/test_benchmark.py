@@ -119,10 +119,11 @@ def test_full_size(run, data, tiny):
 
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs: pip install deepspeed")
-def test_full_size_sharded(run, data, tiny, monkeypatch):
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
-    found = run("full_size.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 4, "--lora-r", 16,
-                "--recipes", "lora", "--batches", 2, "--ranks", 2, "--sharded", "zero3")  # fmt: skip
+def test_full_size_sharded(data, tiny):
+    """Its processes are real starts."""
+    words = ("--data", data, "--size", "tiny", "--model", tiny, "--steps", 4, "--lora-r", 16, "--recipes", "lora",
+             "--batches", 2, "--ranks", 2, "--sharded", "zero3")  # fmt: skip
+    found = json.loads(launch_by(sys.executable, BENCHMARKS / "full_size.py", *words, DS_ACCELERATOR="cpu").stdout)
     (row,) = found["results"]
     assert row["loaded_again"] == pytest.approx(row["validation_loss"], rel=1e-5)
     assert (row["ranks"], row["sharded"]) == (2, "zero3")
