@@ -127,9 +127,13 @@ class TrainConfig(TrainOptions, TrainingArguments):
             )
         if self.by_budget and not self.flatten:
             raise InputError("max_tokens_per_batch and max_patches_per_batch count no padding: they need flatten")
-        sharded = bool(self.fsdp or self.deepspeed) or any(
-            os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED")
+        by_fsdp, by_deepspeed = (
+            bool(option) or os.environ.get(f"ACCELERATE_USE_{kind}") == "true"
+            for option, kind in ((self.fsdp, "FSDP"), (self.deepspeed, "DEEPSPEED"))
         )
+        sharded = by_fsdp or by_deepspeed
+        if by_fsdp and self._bitsandbytes_optimiser:  # 0.50; DeepSpeed hands it plain tensors
+            raise InputError(f"{self._bitsandbytes_optimiser} cannot step weights that FSDP shards; leave it out")
         if self.fused_layers is None:
             self.fused_layers = on_gpu and kernels_available()
         if self.fused_loss is None:
@@ -315,8 +319,15 @@ class TrainConfig(TrainOptions, TrainingArguments):
             if self.finetuning == "full":
                 raise InputError(f"{name} rounds weights that --finetuning full trains: leave one of the two out")
             check_installed(name)
-        if any(word in str(getattr(self.optim, "value", self.optim)) for word in ("8bit", "paged")):
-            check_installed(f"optim {getattr(self.optim, 'value', self.optim)}")
+        if self._bitsandbytes_optimiser:
+            check_installed(self._bitsandbytes_optimiser)
+
+    @property
+    def _bitsandbytes_optimiser(self) -> str:
+        """`optim` and its name, if bitsandbytes brings it."""
+        name = str(getattr(self.optim, "value", self.optim))
+        theirs = any(word in name for word in ("8bit", "bnb", "paged", "lion", "ademamix")) and "torch" not in name
+        return f"optim {name}" * theirs
 
     @property
     def quantization(self) -> Quantization | None:

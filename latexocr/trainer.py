@@ -114,7 +114,9 @@ class FormulaTrainer(Trainer):
             self.remove_callback(printing)
         self.add_callback(Console())
         if self.is_fsdp_enabled:
-            check_fsdp(self.accelerator.state.fsdp_plugin)
+            plugin = self.accelerator.state.fsdp_plugin
+            check_fsdp(plugin)
+            round_as_one_process_does(plugin, adapters=self.args.finetuning == "lora")
         self.contract, self.generation, self.stop, self.on_board = contract, generation, stop, on_board
         self.batches = batches
         self.given_features: GivenFeatures | None = None
@@ -585,6 +587,22 @@ def check_fsdp(fsdp_plugin: Any) -> None:
             "fsdp_activation_checkpointing breaks the names of the adapter's tensors; leave it out and set "
             "gradient_checkpointing: true in the training configuration"
         )
+
+
+def round_as_one_process_does(fsdp_plugin: Any, *, adapters: bool) -> None:
+    """Let autocast alone decide what is computed in 16 bits.
+
+    accelerate (1.15) has FSDP2 round every weight and every input of a layer, too: ERNIE's routers and the angles of
+    its positions, which are in float32 for a reason. What comes into a layer is not rounded when it is computed again
+    (PyTorch 2.11), and a run with checkpointing would end there.
+
+    Args:
+        fsdp_plugin: of accelerate, before the model is prepared.
+        adapters: are all that is trained: their gradients are summed in float32. Full training sends 16 bits.
+    """
+    if policy := fsdp_plugin.mixed_precision_policy:
+        more = {"param_dtype": None, "reduce_dtype": torch.float32} if adapters else {}
+        fsdp_plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, **more)
 
 
 class _Repeatable(TrainerCallback):

@@ -151,6 +151,21 @@ def test_fsdp2_equals_one_process(launch, config, tiny, records, tmp_path, monke
 
 
 @pytest.mark.slow
+def test_fsdp2_rounds_what_one_process_rounds(launch, config, tiny_models, records, tmp_path, monkeypatch):
+    """In bfloat16, ERNIE's routers and angles are in float32 all the same, also when layers are computed again."""
+    one, two = tmp_path / "one", tmp_path / "two"
+    options = {"bf16": True, "gradient_checkpointing": True, "eval_strategy": "no"}
+    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
+    base = tiny_models["ernie4_5_vl_moe"]
+    train_sharded(launch, base, records, two, fsdp_environment(monkeypatch), *flags)
+    same = {**OPTIONS, **options, "model_name_or_path": str(base), "per_device_train_batch_size": 8}
+    train(config(**same, output_dir=str(one)))
+    assert logged(two, "loss")[0] == pytest.approx(logged(one, "loss")[0], rel=1e-6)
+    for key, rel in {"loss": 1e-3, "grad_norm": 1e-2}.items():
+        assert len(logged(one, key)) == 3 and logged(two, key) == pytest.approx(logged(one, key), rel=rel), key
+
+
+@pytest.mark.slow
 def test_fsdp2_trains_every_weight(launch, config, tiny, records, tmp_path, monkeypatch):
     """Same losses and gradients, a model that loads and answers, a run that resumes."""
     one, two = tmp_path / "one", tmp_path / "two"

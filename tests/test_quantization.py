@@ -237,3 +237,7 @@ def test_sharded_weights_are_refused(config, monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     with pytest.raises(InputError, match="load_in_4bit needs weights that are not sharded"):
         config(load_in_4bit=True)
+    with pytest.raises(InputError, match="optim adamw_8bit cannot step weights that FSDP shards; leave it out"):
+        config(optim="adamw_8bit")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    config(optim="adamw_8bit")
