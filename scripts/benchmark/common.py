@@ -46,6 +46,9 @@ SHARDED = ("fsdp2", "zero3")  # files in scripts/accelerate
 WORK = {"image_mode": "fixed", "save_strategy": "no", "swanlab_mode": "disabled", "disable_tqdm": True}
 
 
+LAUNCHER = "torch/distributed/elastic/multiprocessing/api.py"  # speaks after the ranks have said what is wrong
+
+
 class Failed(Exception):
     """A command that did not end well; the message is the end of its output."""
 
@@ -94,7 +97,8 @@ def run(command: list[Any], site: Path | None = None) -> str:
         environment["PYTHONPATH"] = os.pathsep.join([str(site), environment.get("PYTHONPATH", "")])
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, env=environment)
     if done.returncode:
-        raise Failed(f"{' '.join(map(str, command))}\n{done.stdout[-1000:]}\n{done.stderr[-3000:]}")
+        said = done.stderr.split(LAUNCHER)[0] or done.stderr
+        raise Failed(f"{' '.join(map(str, command))}\n{done.stdout[-1000:]}\n{said[-3000:]}")
     return done.stdout
 
 
