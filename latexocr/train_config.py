@@ -385,8 +385,8 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
         if self.new_tokens and self.finetuning == "lora" and sharded:
             raise InputError(
-                "new_tokens beside adapters need weights that are not sharded (FSDP, DeepSpeed): leave it out, or train "
-                "every weight: --finetuning full"
+                "new_tokens beside adapters need weights that are not sharded (FSDP, DeepSpeed): leave it out, or "
+                "train every weight: --finetuning full"
             )
         if self.offload_embeddings and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             raise InputError("offload_embeddings serves one GPU, not several ranks: leave it out")

@@ -51,6 +51,7 @@ from latexocr.placeholders import trusted_placeholders
 from latexocr.preprocess import IGNORED
 from latexocr.quantization import PACKAGE
 from latexocr.sampling import BudgetSampler, EpochSampler
+from latexocr.sharding import check_fsdp, round_as_one_process_does
 from latexocr.stopping import StoppedInEvaluation, StopSignal, outlive_stop_signals
 from latexocr.streaming import Stream
 from latexocr.tracking import Sample
@@ -568,41 +569,6 @@ def without_autocast(model: Any) -> Iterator[None]:
 def validation_file(output_dir: Path, step: int) -> Path:
     """Where the answers of a validation are."""
     return output_dir / "validation" / f"step-{step}.jsonl"
-
-
-def check_fsdp(fsdp_plugin: Any) -> None:
-    """Refuse FSDP settings under which training would end with no adapter to use.
-
-    Raises:
-        InputError: sharded checkpoints (accelerate's default for FSDP2), which hold no adapter, or FSDP's own
-            activation checkpointing, which breaks the names of the adapter's tensors (accelerate 1.15).
-    """
-    if fsdp_plugin.state_dict_type.name != "FULL_STATE_DICT":
-        raise InputError(
-            f"fsdp_state_dict_type is {fsdp_plugin.state_dict_type.name}, which writes no adapter; set "
-            "fsdp_state_dict_type: FULL_STATE_DICT as in scripts/accelerate/fsdp2.yaml"
-        )
-    if fsdp_plugin.activation_checkpointing:
-        raise InputError(
-            "fsdp_activation_checkpointing breaks the names of the adapter's tensors; leave it out and set "
-            "gradient_checkpointing: true in the training configuration"
-        )
-
-
-def round_as_one_process_does(fsdp_plugin: Any, *, adapters: bool) -> None:
-    """Let autocast alone decide what is computed in 16 bits.
-
-    accelerate (1.15) has FSDP2 round every weight and every input of a layer, too: ERNIE's routers and the angles of
-    its positions, which are in float32 for a reason. What comes into a layer is not rounded when it is computed again
-    (PyTorch 2.11), and a run with checkpointing would end there.
-
-    Args:
-        fsdp_plugin: of accelerate, before the model is prepared.
-        adapters: are all that is trained: their gradients are summed in float32. Full training sends 16 bits.
-    """
-    if policy := fsdp_plugin.mixed_precision_policy:
-        more = {"param_dtype": None, "reduce_dtype": torch.float32} if adapters else {}
-        fsdp_plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, **more)
 
 
 class _Repeatable(TrainerCallback):

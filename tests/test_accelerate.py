@@ -26,8 +26,8 @@ from test_stop import run_until, words
 from latexocr.errors import InputError
 from latexocr.metrics_file import read_metrics
 from latexocr.predict import LatexOCR
+from latexocr.sharding import check_fsdp
 from latexocr.train import train
-from latexocr.trainer import check_fsdp
 
 FOLDER = ROOT / "scripts" / "accelerate"
 KINDS = {"ddp": "MULTI_GPU", "multi_node": "MULTI_GPU", "fsdp2": "FSDP", "zero3": "DEEPSPEED"}
@@ -240,6 +240,8 @@ def test_fsdp_settings_that_lose_the_adapter_are_refused():
         check_fsdp(FullyShardedDataParallelPlugin(fsdp_version=2))  # accelerate's default is sharded
     with pytest.raises(InputError, match="set gradient_checkpointing: true"):
         check_fsdp(FullyShardedDataParallelPlugin(**full, activation_checkpointing=True))
+    with pytest.raises(InputError, match="set fsdp_version: 2, see"):
+        check_fsdp(FullyShardedDataParallelPlugin(**{**full, "fsdp_version": 1}))
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from conftest import ROOT
 # From the ground up: a module imports only from rows above its own.
 LAYERS = (
     {"latexocr", "errors", "nf4"},
-    {"checkpoint", "sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers", "quantization"},
+    {"checkpoint", "sandbox", "dvi", "tracking_worker", "evaluation", "styles", "workers", "quantization", "sharding"},
     {"pictures", "likeness", "sources", "formats", "config", "console", "stopping", "shapes"},
     {"averaging", "metrics", "metrics_file", "kernels", "graphs", "memory", "augment"},
     {"images", "mathtext", "records", "data2csv", "csv2json", "tracking", "families", "vary", "grammar", "video"},
