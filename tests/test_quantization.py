@@ -193,7 +193,7 @@ def test_stacked_experts_in_4_bits(config, tiny_models, caplog, tmp_path):
         logits.square().sum().backward()
         found.append((logits, embeddings.grad))
     for ours, theirs in zip(*found, strict=True):
-        assert torch.allclose(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert (ours - theirs).norm() < 1e-5 * theirs.norm()
 
     options = dict(model_name_or_path=str(ernie), load_in_4bit=True, quantized_parts=["language", "experts"])
     with pytest.raises(
