@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -47,6 +48,7 @@ from latexocr.quantization import (
 )
 
 logger = logging.getLogger(__name__)
+_DISPATCH = threading.Lock()  # one model at a time is loaded without it
 
 
 def _know_hub_names() -> None:
@@ -217,7 +219,8 @@ def load_base(
     elif stored == PACKAGE:
         check_installed(f"{folder}, stored in 4 or 8 bits,", "take the whole checkpoint")
     if quantization or stored:
-        options["device_map"] = {"": device or ("cuda" if torch.cuda.is_available() else "cpu")}
+        # no word: by "cpu" transformers means what it does not round
+        options["device_map"] = {"": torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))}
         if quantization and offload_embeddings:
             options["device_map"][_table_name(shape)] = "cpu"
             options["quantization_config"].llm_int8_enable_fp32_cpu_offload = True  # accept that map
@@ -269,12 +272,13 @@ def _table_name(model: PreTrainedModel) -> str:
 @contextlib.contextmanager
 def _nothing_moved() -> Iterator[None]:
     """Let `from_pretrained` leave a part on the CPU without hooks: they would copy it in every forward."""
-    dispatch = modeling_utils.accelerate_dispatch
-    modeling_utils.accelerate_dispatch = lambda *_: None
-    try:
-        yield
-    finally:
-        modeling_utils.accelerate_dispatch = dispatch
+    with _DISPATCH:
+        dispatch = modeling_utils.accelerate_dispatch
+        modeling_utils.accelerate_dispatch = lambda *_: None
+        try:
+            yield
+        finally:
+            modeling_utils.accelerate_dispatch = dispatch
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

@@ -73,7 +73,7 @@ def whole_beside(
     """W|0|B|0 (rows, in + before + r + behind) in the type of `b`.
 
     Args:
-        packed: the bytes of W (out, in), or of several below each other (experts, out, in).
+        packed: the bytes of W (out, in), or of several below each other (experts, out, in); they begin a storage.
         state: its `bitsandbytes.functional.QuantState`, see `takes`.
         b: (rows, r), contiguous.
         before: columns of zeros between W and B.

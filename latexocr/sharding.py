@@ -14,9 +14,9 @@ def check_fsdp(fsdp_plugin: Any) -> None:
     """Refuse FSDP settings under which training would end with no adapter to use.
 
     Raises:
-        InputError: FSDP's first version, which takes no adapters in float32 beside weights in 16 bits; sharded
-            checkpoints (accelerate's default for FSDP2), which hold no adapter; or FSDP's own activation
-            checkpointing, which breaks the names of the adapter's tensors (accelerate 1.15).
+        InputError: FSDP's first version, which was never tried, and takes no adapters in float32 beside weights in
+            16 bits; sharded checkpoints (accelerate's default for FSDP2), which hold no adapter; or FSDP's own
+            activation checkpointing, which breaks the names of the adapter's tensors (accelerate 1.15).
     """
     if fsdp_plugin.fsdp_version != 2:
         raise InputError(
@@ -37,14 +37,15 @@ def check_fsdp(fsdp_plugin: Any) -> None:
 def round_as_one_process_does(fsdp_plugin: Any, *, adapters: bool) -> None:
     """Let autocast alone decide what is computed in 16 bits.
 
-    accelerate (1.15) has FSDP2 round every weight and every input of a layer, too: ERNIE's routers and the angles of
-    its positions, which are in float32 for a reason. What comes into a layer is not rounded when it is computed again
-    (PyTorch 2.11), and a run with checkpointing would end there.
+    accelerate (1.15) has FSDP2 round every weight, every input of a layer and what the model returns, too: ERNIE's
+    routers, their loss, and the angles of its positions, which are in float32 for a reason. What comes into a layer is
+    not rounded when it is computed again (PyTorch 2.11), and a run with checkpointing would end there.
 
     Args:
         fsdp_plugin: of accelerate, before the model is prepared.
-        adapters: are all that is trained: their gradients are summed in float32. Full training sends 16 bits.
+        adapters: are all that is trained, and their gradients are summed in float32. In full training weights and
+            gradients are rounded to 16 bits before they are sent, all the same: half the traffic.
     """
     if policy := fsdp_plugin.mixed_precision_policy:
         more = {"param_dtype": None, "reduce_dtype": torch.float32} if adapters else {}
-        fsdp_plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, **more)
+        fsdp_plugin.mixed_precision_policy = replace(policy, cast_forward_inputs=False, output_dtype=None, **more)

@@ -327,7 +327,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
         """`optim` and its name, if bitsandbytes brings it."""
         name = str(getattr(self.optim, "value", self.optim))
         theirs = any(word in name for word in ("8bit", "bnb", "paged", "lion", "ademamix")) and "torch" not in name
-        return f"optim {name}" * theirs
+        return f"optim {name}" if theirs else ""
 
     @property
     def quantization(self) -> Quantization | None:
@@ -385,7 +385,7 @@ class TrainConfig(TrainOptions, TrainingArguments):
                 raise InputError(f"{name} needs weights that are not sharded (FSDP, DeepSpeed); leave it out")
         if self.new_tokens and self.finetuning == "lora" and sharded:
             raise InputError(
-                "new_tokens beside adapters need weights that are not sharded (FSDP, DeepSpeed): leave it out, or "
+                "new_tokens beside adapters needs weights that are not sharded (FSDP, DeepSpeed): leave it out, or "
                 "train every weight: --finetuning full"
             )
         if self.offload_embeddings and int(os.environ.get("WORLD_SIZE", "1")) > 1:

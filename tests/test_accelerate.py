@@ -22,11 +22,12 @@ from conftest import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_stop import run_until, words
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from latexocr.errors import InputError
 from latexocr.metrics_file import read_metrics
 from latexocr.predict import LatexOCR
-from latexocr.sharding import check_fsdp
+from latexocr.sharding import check_fsdp, round_as_one_process_does
 from latexocr.train import train
 
 FOLDER = ROOT / "scripts" / "accelerate"
@@ -231,6 +232,20 @@ def test_zero3_trains_every_weight(config, tiny, records, tmp_path):
         assert len(logged(one, key)) == 3 and logged(two, key) == pytest.approx(logged(one, key), rel=1e-4), key
     picture = json.loads(records["val"].read_text())[0]["conversations"][0]["value"]
     assert isinstance(LatexOCR.from_pretrained(two / "model")(picture, max_new_tokens=4), str)
+
+
+def test_fsdp2_rounds_nothing_by_itself():
+    """Weights, sums of gradients, what the model returns, what comes into a layer."""
+    policy = {"param_dtype": torch.bfloat16, "reduce_dtype": torch.bfloat16, "output_dtype": torch.bfloat16}
+    for adapters, wanted in ((True, (None, torch.float32)), (False, (torch.bfloat16, torch.bfloat16))):
+        plugin = FullyShardedDataParallelPlugin(fsdp_version=2, mixed_precision_policy=MixedPrecisionPolicy(**policy))
+        round_as_one_process_does(plugin, adapters=adapters)
+        found = plugin.mixed_precision_policy
+        assert (found.param_dtype, found.reduce_dtype) == wanted
+        assert found.output_dtype is None and found.cast_forward_inputs is False
+    without = FullyShardedDataParallelPlugin(fsdp_version=2)
+    round_as_one_process_does(without, adapters=True)
+    assert without.mixed_precision_policy is None
 
 
 def test_fsdp_settings_that_lose_the_adapter_are_refused():

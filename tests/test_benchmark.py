@@ -117,6 +117,15 @@ def test_full_size(run, data, tiny):
     assert row["variant"] == "qlora 2x1 checkpointing" and found["options"]["lora_r"] == 16
 
 
+def test_ranks_that_failed_say_why(tmp_path):
+    """Before the launcher's own words, which are longer than a message."""
+    common, script = load("common"), tmp_path / "script.py"
+    script.write_text("raise ValueError('the cause')", encoding="utf-8")
+    with pytest.raises(common.Failed) as error:
+        common.run([sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", 2, script])
+    assert "ValueError: the cause" in str(error.value)[-600:]
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs: pip install deepspeed")
 def test_full_size_sharded(data, tiny):

@@ -84,7 +84,7 @@ def test_what_cannot_be_had_is_refused(config, monkeypatch):
     assert config().fused_loss is False
     with pytest.raises(InputError, match="fused_lora needs weights that are not sharded"):
         config(fused_lora=True)
-    with pytest.raises(InputError, match="new_tokens beside adapters need weights that are not sharded"):
+    with pytest.raises(InputError, match="new_tokens beside adapters needs weights that are not sharded"):
         config(new_tokens=[r"\frac"])
     assert config(new_tokens=[r"\frac"], finetuning="full").new_tokens
     monkeypatch.delenv("ACCELERATE_USE_FSDP")

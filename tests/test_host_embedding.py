@@ -15,7 +15,7 @@ from latexocr.errors import InputError
 from latexocr.host_embedding import HostEmbedding, host_tables, keep_on_host
 from latexocr.metrics_file import read_metrics
 from latexocr.modeling import check_untied, family_in, fresh_base, load_base
-from latexocr.quantization import Quantization
+from latexocr.quantization import Quantization, is_rounded
 from latexocr.train import train
 
 requires_bitsandbytes = pytest.mark.skipif(
@@ -71,6 +71,15 @@ def test_what_it_does_not_go_with(config, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(InputError, match="offload_embeddings serves one GPU, not several ranks"):
         config(offload_embeddings=True)
+
+
+@requires_bitsandbytes
+def test_as_many_layers_are_rounded(tiny, tmp_path):
+    """`device` may be a word, too. Three layers of seven projections."""
+    base, options = untied(tiny, tmp_path / "base"), {"device": "cpu", "quantization": Quantization()}
+    for host in (False, True):
+        model = load_base(base, dtype=torch.float32, offload_embeddings=host, **options)
+        assert sum(map(is_rounded, model.parameters())) == 21 and len(host_tables(model)) == host
 
 
 @requires_bitsandbytes

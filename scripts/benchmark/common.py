@@ -42,11 +42,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "packing": {"neat_packing": True},  # llamafactory
 }
 SHARDED = ("fsdp2", "zero3")  # files in scripts/accelerate
+LAUNCHER = "torch/distributed/elastic/multiprocessing/api.py"  # speaks after the ranks have said what is wrong
 # every benchmark's work: pictures at 504 x 112, nothing saved, nothing tracked
 WORK = {"image_mode": "fixed", "save_strategy": "no", "swanlab_mode": "disabled", "disable_tqdm": True}
-
-
-LAUNCHER = "torch/distributed/elastic/multiprocessing/api.py"  # speaks after the ranks have said what is wrong
 
 
 class Failed(Exception):
