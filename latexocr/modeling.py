@@ -6,7 +6,6 @@ import contextlib
 import json
 import logging
 import re
-import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -42,13 +41,13 @@ from latexocr.quantization import (
     Quantization,
     check_installed,
     loading_options,
+    replaced,
     rounded_share,
     settle,
     stacked_experts_rounded,
 )
 
 logger = logging.getLogger(__name__)
-_DISPATCH = threading.Lock()  # one model at a time is loaded without it
 
 
 def _know_hub_names() -> None:
@@ -224,7 +223,8 @@ def load_base(
         if quantization and offload_embeddings:
             options["device_map"][_table_name(shape)] = "cpu"
             options["quantization_config"].llm_int8_enable_fp32_cpu_offload = True  # accept that map
-            loading.enter_context(_nothing_moved())
+            # without accelerate's hooks, which would copy it to the GPU in every forward
+            loading.enter_context(replaced(vars(modeling_utils), "accelerate_dispatch", lambda *_: None))
     try:
         with no_progress_bars(), loading:
             model, info = AutoModelForImageTextToText.from_pretrained(
@@ -267,18 +267,6 @@ def _to_round(shape: PreTrainedModel, family: Family, parts: Sequence[str]) -> s
 def _table_name(model: PreTrainedModel) -> str:
     table = model.get_input_embeddings()
     return next(name for name, module in model.named_modules() if module is table)
-
-
-@contextlib.contextmanager
-def _nothing_moved() -> Iterator[None]:
-    """Let `from_pretrained` leave a part on the CPU without hooks: they would copy it in every forward."""
-    with _DISPATCH:
-        dispatch = modeling_utils.accelerate_dispatch
-        modeling_utils.accelerate_dispatch = lambda *_: None
-        try:
-            yield
-        finally:
-            modeling_utils.accelerate_dispatch = dispatch
 
 
 def _is_tied(model: PreTrainedModel) -> bool:

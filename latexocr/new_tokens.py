@@ -75,9 +75,11 @@ def make_room(model: PreTrainedModel, pieces: dict[int, list[int]]) -> None:
         model: the base.
         pieces: see `add_tokens`.
     """
-    add_rows(model, max(pieces, default=-1) + 1)
+    if not pieces:
+        return
+    add_rows(model, max(pieces) + 1)
     matrices = {part.weight for part in (model.get_input_embeddings(), model.get_output_embeddings())}
-    for weight in matrices if pieces else ():  # one where they are tied
+    for weight in matrices:  # one where they are tied
         with gather_params_ctx(weight):  # shards of ZeRO-3
             for token, parts in pieces.items():
                 weight[token] = weight[parts].float().mean(0)

@@ -29,7 +29,7 @@ ROUNDABLE = ("language", "vision", "merger", "head", "experts")
 SMALL_SHARE = 0.5  # of the weights that are rounded: with less there is little to be had in exchange for accuracy
 PACKAGE = "bitsandbytes"
 STOCK = "bitsandbytes_4bit"  # by which transformers finds what rounds
-_TABLE = threading.Lock()  # one model at a time puts something else there
+_LOADING = threading.RLock()  # one model at a time is loaded with something of transformers replaced
 INSTALL = f"pip install '{PACKAGE}>=0.46.1'"  # what transformers 5 asks for
 
 
@@ -125,13 +125,19 @@ def stacked_experts_rounded(targets: str) -> Iterator[None]:
         def get_quantize_ops(self) -> Rounding:
             return Rounding(self)
 
-    with _TABLE:
-        before = auto.AUTO_QUANTIZER_MAPPING[STOCK]
-        auto.AUTO_QUANTIZER_MAPPING[STOCK] = Quantizer
+    with replaced(auto.AUTO_QUANTIZER_MAPPING, STOCK, Quantizer):
+        yield
+
+
+@contextlib.contextmanager
+def replaced(names: dict[str, Any], name: str, value: Any) -> Iterator[None]:
+    """Let `from_pretrained` find something of ours under a name, in a table or the `vars` of a module."""
+    with _LOADING:
+        before, names[name] = names[name], value
         try:
             yield
         finally:
-            auto.AUTO_QUANTIZER_MAPPING[STOCK] = before
+            names[name] = before
 
 
 def kept_modules(model: torch.nn.Module, targets: str, name: str = "") -> list[str]:

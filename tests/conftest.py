@@ -37,6 +37,15 @@ requires_tex = pytest.mark.skipif(
 )
 
 
+def requires(package: str) -> pytest.MarkDecorator:
+    return pytest.mark.skipif(find_spec(package) is None, reason=f"needs: pip install {package}")
+
+
+def as_words(options: dict[str, Any]) -> list[str]:
+    """Options as on a command line."""
+    return [str(word) for name, value in options.items() for word in (f"--{name}", value)]
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> dict[str, Path]:
     from latexocr.build import build

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -18,7 +17,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils import FullyShardedDataParallelPlugin
 from accelerate.utils import launch as launch_utils
-from conftest import ROOT
+from conftest import ROOT, as_words, requires
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_stop import run_until, words
@@ -113,12 +112,12 @@ OPTIONS = {
 }  # fmt: skip
 
 
-def train_sharded(launch, tiny, records, output: Path, environment: dict[str, str], *extra: str) -> None:
+def train_sharded(launch, tiny, records, output: Path, environment: dict[str, str], **more: object) -> None:
     script = output.parent / "train_on_cpu.py"
     script.write_text(ON_CPU.format(root=str(ROOT)), encoding="utf-8")
-    options = {"model_name_or_path": tiny, "train_json": records["train"], "val_json": records["val"], **OPTIONS}
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    launch(script, *flags, "--per_device_train_batch_size", 4, "--output_dir", output, *extra, ranks=2, **environment)
+    options = {"model_name_or_path": tiny, "train_json": records["train"], "val_json": records["val"], **OPTIONS,
+               "per_device_train_batch_size": 4, "output_dir": output, **more}  # fmt: skip
+    launch(script, *as_words(options), ranks=2, **environment)
 
 
 def logged(output: Path, key: str) -> list[float]:
@@ -130,7 +129,7 @@ def test_fsdp2_equals_one_process(launch, config, tiny, records, tmp_path, monke
     """Same losses, gradients and validation (7 rows on 2 ranks); an adapter that loads; a run that resumes."""
     one, two = tmp_path / "one", tmp_path / "two"
     sharded = fsdp_environment(monkeypatch)
-    train_sharded(launch, tiny, records, two, sharded, "--gradient_checkpointing", "true")
+    train_sharded(launch, tiny, records, two, sharded, gradient_checkpointing=True)
     train(config(**OPTIONS, per_device_train_batch_size=8, val_json=str(records["val"]), output_dir=str(one)))
     for key, count in {"loss": 3, "grad_norm": 3, "eval_loss": 2, "eval_edit_distance": 2}.items():
         assert len(logged(one, key)) == count, key
@@ -146,7 +145,7 @@ def test_fsdp2_equals_one_process(launch, config, tiny, records, tmp_path, monke
     assert isinstance(LatexOCR.from_pretrained(two / "adapter")(picture), str)
 
     shutil.rmtree(two / "checkpoint-3")
-    train_sharded(launch, tiny, records, two, sharded, "--resume_from_checkpoint", "true")
+    train_sharded(launch, tiny, records, two, sharded, resume_from_checkpoint="true")
     assert logged(two, "loss")[-1] == pytest.approx(logged(one, "loss")[-1], rel=1e-5)
     assert (two / "checkpoint-3").is_dir()
 
@@ -156,9 +155,8 @@ def test_fsdp2_rounds_what_one_process_rounds(launch, config, tiny_models, recor
     """In bfloat16, ERNIE's routers and angles are in float32 all the same, also when layers are computed again."""
     one, two = tmp_path / "one", tmp_path / "two"
     options = {"bf16": True, "gradient_checkpointing": True, "eval_strategy": "no"}
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
     base = tiny_models["ernie4_5_vl_moe"]
-    train_sharded(launch, base, records, two, fsdp_environment(monkeypatch), *flags)
+    train_sharded(launch, base, records, two, fsdp_environment(monkeypatch), **options)
     same = {**OPTIONS, **options, "model_name_or_path": str(base), "per_device_train_batch_size": 8}
     train(config(**same, output_dir=str(one)))
     assert logged(two, "loss")[0] == pytest.approx(logged(one, "loss")[0], rel=1e-6)
@@ -171,8 +169,7 @@ def test_fsdp2_trains_every_weight(launch, config, tiny, records, tmp_path, monk
     """Same losses and gradients, a model that loads and answers, a run that resumes."""
     one, two = tmp_path / "one", tmp_path / "two"
     sharded, options = fsdp_environment(monkeypatch), {"finetuning": "full", "learning_rate": 1e-4}
-    flags = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    train_sharded(launch, tiny, records, two, sharded, *flags)
+    train_sharded(launch, tiny, records, two, sharded, **options)
     batch = {"per_device_train_batch_size": 8, "val_json": str(records["val"])}
     train(config(**{**OPTIONS, **batch, **options, "output_dir": str(one)}))
     for key, count in {"loss": 3, "grad_norm": 3, "eval_loss": 2}.items():
@@ -181,22 +178,16 @@ def test_fsdp2_trains_every_weight(launch, config, tiny, records, tmp_path, monk
     picture = json.loads(records["val"].read_text())[0]["conversations"][0]["value"]
     assert isinstance(LatexOCR.from_pretrained(two / "model")(picture, max_new_tokens=4), str)
     shutil.rmtree(two / "checkpoint-3")
-    train_sharded(launch, tiny, records, two, sharded, *flags, "--resume_from_checkpoint", "true")
+    train_sharded(launch, tiny, records, two, sharded, **options, resume_from_checkpoint="true")
     assert logged(two, "loss")[-1] == pytest.approx(logged(one, "loss")[-1], rel=1e-4)
-
-
-requires_deepspeed = pytest.mark.skipif(
-    find_spec("deepspeed") is None, reason="needs: pip install deepspeed (and compiles for minutes)"
-)
 
 
 def train_by_zero3(tiny, records, output: Path, options: dict) -> subprocess.CompletedProcess:
     """DeepSpeed runs on CPUs too; its shards are flat and empty outside of forward passes there as well."""
     options = {"model_name_or_path": tiny, "train_json": records["train"], **OPTIONS, **options}
-    flags = [str(word) for name, value in options.items() for word in (f"--{name}", *str(value).split())]
     done = subprocess.run(
         [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / "zero3.yaml"),
-         "--num_processes", "2", str(ROOT / "scripts/train.py"), *flags,
+         "--num_processes", "2", str(ROOT / "scripts/train.py"), *as_words(options),
          "--per_device_train_batch_size", "4", "--output_dir", str(output)],
         capture_output=True, text=True, env={**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -205,7 +196,7 @@ def train_by_zero3(tiny, records, output: Path, options: dict) -> subprocess.Com
 
 
 @pytest.mark.slow
-@requires_deepspeed
+@requires("deepspeed")  # which compiles for minutes
 def test_zero3_equals_one_process(config, tiny, records, tmp_path):
     """Same losses, gradients and validation, and a whole adapter with the same numbers."""
     one, two = tmp_path / "one", tmp_path / "two"
@@ -219,7 +210,7 @@ def test_zero3_equals_one_process(config, tiny, records, tmp_path):
 
 
 @pytest.mark.slow
-@requires_deepspeed
+@requires("deepspeed")  # which compiles for minutes
 def test_zero3_trains_every_weight(config, tiny, records, tmp_path):
     """A new token's row and the decay of weights as in one process, all are announced, what was saved answers."""
     one, two = tmp_path / "one", tmp_path / "two"

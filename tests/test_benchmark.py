@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SAMPLE, launch_by, requires_tex
+from conftest import ROOT, SAMPLE, launch_by, requires, requires_tex
 
 from latexocr.csv2json import csv2json
 from latexocr.data2csv import data2csv
@@ -106,7 +106,7 @@ def test_job(data, tiny):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is None, reason="needs: pip install bitsandbytes")
+@requires("bitsandbytes")
 def test_full_size(run, data, tiny):
     """What was saved has the loss of the last validation."""
     found = run("full_size.py", "--data", data, "--size", "tiny", "--model", tiny, "--steps", 4, "--lora-r", 16,
@@ -127,7 +127,7 @@ def test_ranks_that_failed_say_why(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs: pip install deepspeed")
+@requires("deepspeed")
 def test_full_size_sharded(data, tiny):
     """Its processes are real starts."""
     words = ("--data", data, "--size", "tiny", "--model", tiny, "--steps", 4, "--lora-r", 16, "--recipes", "lora",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, launch_by
+from conftest import ROOT, as_words, launch_by
 
 from latexocr.metrics_file import read_metrics
 from latexocr.train import train
@@ -80,11 +80,10 @@ def test_two_nodes_equal_one_process(python, config, tiny, records, tmp_path):
                "learning_rate": 1e-3, "dataloader_num_workers": 0, "max_new_tokens": 8}  # fmt: skip
     if find_spec("bitsandbytes"):
         options["load_in_4bit"] = True  # each rank rounds its own copy
-    words = [str(word) for name, value in options.items() for word in (f"--{name}", value)]
     train_words = [
         str(ROOT / "scripts/train.py"), "--model_name_or_path", str(tiny), "--train_json", str(records["train"]),
         "--output_dir", str(tmp_path / "two"), "--use_cpu", "--per_device_train_batch_size", "4",
-        "--swanlab_mode", "disabled", *words,
+        "--swanlab_mode", "disabled", *as_words(options),
     ]  # fmt: skip
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

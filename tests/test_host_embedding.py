@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 
 import pytest
 import torch
-from conftest import MODEL_TYPES, untied
+from conftest import MODEL_TYPES, requires, untied
 
 from latexocr.adapters import add_lora
 from latexocr.decoding import KeyValues
@@ -18,9 +17,7 @@ from latexocr.modeling import check_untied, family_in, fresh_base, load_base
 from latexocr.quantization import Quantization, is_rounded
 from latexocr.train import train
 
-requires_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs: pip install bitsandbytes"
-)
+requires_bitsandbytes = requires("bitsandbytes")
 IDS = torch.tensor([[5, 1, 5, 9]])
 
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import MODEL_TYPES, SAMPLE, untied
+from conftest import MODEL_TYPES, SAMPLE, requires, untied
 
 from latexocr import quantization
 from latexocr.adapters import add_lora
@@ -25,9 +25,7 @@ from latexocr.quantization import Quantization, kept_modules, num_weights
 from latexocr.train import train
 
 PICTURE = str(SAMPLE / "images/000000.png")
-requires_bitsandbytes = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="needs: pip install bitsandbytes"
-)
+requires_bitsandbytes = requires("bitsandbytes")
 
 
 def logged(folder, key: str = "loss") -> list[float]:
